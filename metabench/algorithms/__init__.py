@@ -1,0 +1,1 @@
+"""Meta-learning algorithms, one file per method; `base` holds what they share."""

@@ -1,0 +1,128 @@
+"""What a meta-learner is: the one abstract verb `adapt`, and everything derived from it once."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metabench.episodes import Batch, Episode, Problem, TaskDistribution
+
+Learner = Callable[[Tensor], Tensor]
+"""An adapted model: query x (T, m, *shape) -> logits (T, m, ways) or targets (T, m, d).
+
+Valid until the next training step of the algorithm that made it."""
+
+Metrics = dict[str, Tensor]
+
+
+class Algorithm(nn.Module, ABC):
+    """A meta-learner, made by its file's `build(problem, *, typed keyword parameters)`.
+
+    Promises, tested for every algorithm of the registry:
+    - `adapt` switches autograd on for its own inner loop. With gradients enabled the Learner is differentiable with
+      respect to the algorithm; under `torch.no_grad()` it is detached and builds no outer graph.
+    - In `eval()` nothing in the algorithm nor any global generator changes; in `train()` only `Trainer.step` does.
+    - All work that needs only the support set happens in `adapt`; randomness comes from `seeds`, per task.
+    """
+
+    feeds: ClassVar[Literal["episodes", "images"] | None] = "episodes"
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        self.problem = problem
+
+    @abstractmethod
+    def adapt(self, support: Batch, *, seeds: Tensor, steps: int | None = None) -> Learner:
+        """Learn T tasks from their support sets, `seeds` (T,) int64; `steps` overrides the inner steps."""
+
+    def loss(self, batch: Episode | Batch) -> tuple[Tensor, Metrics]:
+        """The training loss of a step (0-d) and detached figures worth watching: adapt on support, loss on query."""
+        if not isinstance(batch, Episode):
+            raise TypeError(f"{type(self).__name__} trains on episodes")
+        output = self.adapt(batch.support, seeds=batch.seeds)(batch.query.x)
+        return query_loss(self.problem, output, batch.query)
+
+    def trainer(self, total_steps: int) -> Trainer:
+        """The optimiser of a training of `total_steps` steps: Adam on `loss` by default."""
+        del total_steps
+        return Trainer(self, torch.optim.Adam(self.parameters(), lr=1e-3))
+
+    def prepare(self, train: TaskDistribution) -> None:  # noqa: B027 - optional: most methods need nothing here
+        """Once, after training (in eval mode): statistics of the training set, kept in buffers."""
+
+    def unsupported(self, problem: Problem) -> str | None:
+        """Why tasks of `problem` cannot be answered by this (trained) algorithm, or None."""
+        if problem.loss != self.problem.loss:
+            return f"trained for {self.problem.loss}, asked for {problem.loss}"
+        return None
+
+    def initial(self, support: Batch, *, seeds: Tensor) -> Learner:
+        """The prediction before adaptation (the `mse_before` measure): zero inner steps."""
+        return self.adapt(support, seeds=seeds, steps=0)
+
+
+def query_loss(problem: Problem, output: Tensor, query: Batch) -> tuple[Tensor, Metrics]:
+    """Mean cross-entropy (with accuracy) or mean squared error of `output` (T, m, ways | d) on the query set."""
+    if problem.loss == "mse":
+        loss = F.mse_loss(output, query.y)
+        return loss, {"mse": loss.detach()}
+    loss = F.cross_entropy(output.flatten(0, 1), query.y.flatten())
+    accuracy = (output.detach().argmax(-1) == query.y).float().mean()
+    return loss, {"loss": loss.detach(), "accuracy": accuracy}
+
+
+class Trainer:
+    """One optimiser step per `step`; all that a training must remember beyond the algorithm's own state."""
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        optimizer: torch.optim.Optimizer,
+        *,
+        schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+        clip: float | None = None,
+    ) -> None:
+        self.algorithm, self.optimizer, self.schedule, self.clip = algorithm, optimizer, schedule, clip
+
+    def step(self, batch: Episode | Batch) -> Metrics:
+        """Train on one batch; return detached 0-d figures."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with tracking(self.algorithm):
+            loss, metrics = self.algorithm.loss(batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.algorithm.parameters(), self.clip)
+        self.optimizer.step()
+        if self.schedule is not None:
+            self.schedule.step()
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimiser and schedule; the algorithm's own state is saved beside it."""
+        schedule = self.schedule.state_dict() if self.schedule is not None else None
+        return {"optimizer": self.optimizer.state_dict(), "schedule": schedule}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+
+
+@contextmanager
+def tracking(algorithm: nn.Module) -> Iterator[None]:
+    """Let modules that keep running statistics (attribute `tracking`) update them; only `Trainer.step` does so."""
+    modules = [m for m in algorithm.modules() if hasattr(m, "tracking")]
+    for module in modules:
+        module.tracking = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.tracking = False

@@ -1,0 +1,292 @@
+"""Tasks and episodes: what an algorithm is trained on and judged by.
+
+The task axis always comes first: a `Batch` holds T tasks at once, `x` is (T, n, *shape). Every episode is a pure
+function of (data set and version, split, subset, ways, shots, queries, rotations, purpose, seed, index), made from
+counter-based Philox words: episode i never depends on how many episodes were asked for before it, so that
+resuming a training is setting a counter, and all algorithms, versions and machines see the same test episodes.
+Image data sets live as one uint8 tensor on the device; sampling is index arithmetic plus one gather.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metabench.errors import ConfigError
+
+Loss = Literal["cross_entropy", "mse"]
+Subset = Literal["train", "val", "test"]
+Rotations = Literal["none", "classes", "per_class", "train_only", "episode"]
+
+WORDS_PER_COUNTER = 4  # one Philox-4x64 counter value yields four 64-bit words
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What there is to learn: one input of `shape` -> `ways` logits, or `outputs` numbers.
+
+    `classes` counts all classes of the subset the tasks are drawn from (what plain classification training needs).
+    """
+
+    shape: tuple[int, ...]
+    loss: Loss
+    ways: int | None = None
+    classes: int | None = None
+    outputs: int = 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Labelled examples of T tasks: x (T, n, *shape); y (T, n) int64 in 0..ways-1, or (T, n, d) targets."""
+
+    x: Tensor
+    y: Tensor
+    ways: int | None  # travels with the data: never inferred from y.max()
+
+    @property
+    def tasks(self) -> int:
+        """The number of tasks T."""
+        return self.x.shape[0]
+
+    def one_hot(self) -> Tensor:
+        """Labels as (T, n, ways) floats of x's type."""
+        if self.ways is None:
+            raise ValueError("one_hot needs class labels")
+        return torch.nn.functional.one_hot(self.y, self.ways).to(self.x.dtype)
+
+    def pick(self, tasks: slice) -> Batch:
+        """The same batch for a slice of its tasks."""
+        return replace(self, x=self.x[tasks], y=self.y[tasks])
+
+
+@dataclass(frozen=True)
+class Episode:
+    """T tasks: labelled support and query sets, one random seed and one content hash per task.
+
+    `classes` (T, ways) are the class numbers behind the labels, for class-wise statistics only; no algorithm reads it.
+    """
+
+    support: Batch
+    query: Batch
+    seeds: Tensor  # (T,) int64
+    ids: tuple[str, ...] = ()
+    classes: np.ndarray | None = None
+
+
+class TaskDistribution(Protocol):
+    """A data set's subset with ways, shots, queries and rotations already bound."""
+
+    problem: Problem
+
+    def episodes(self, start: int, tasks: int) -> Episode:
+        """Tasks start .. start+tasks-1; task i is the same whatever `start` and `tasks` are."""
+        ...
+
+    def images(self, start: int, n: int) -> Batch:
+        """Examples start .. start+n-1 of a plain stream, T = 1, y over all classes of the subset."""
+        ...
+
+
+class Dataset(Protocol):
+    """What a data-set plug-in's `build` returns."""
+
+    def tasks(
+        self,
+        subset: Subset,
+        *,
+        ways: int | None,
+        shots: int,
+        queries: int,
+        rotations: Rotations,
+        seed: int,
+        device: str,
+    ) -> TaskDistribution:
+        """Bind a subset and the shape of a task."""
+        ...
+
+
+def philox_key(*coordinates: object) -> int:
+    """A 128-bit Philox key from coordinates (their text): unequal coordinates give unrelated streams."""
+    text = "\x1f".join(str(c) for c in coordinates)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
+
+
+def words(key: int, start: int, rows: int, width: int) -> np.ndarray:
+    """Random 64-bit words (rows, width): row r is a pure function of (key, start + r, width)."""
+    counters = -(-width // WORDS_PER_COUNTER)
+    stream = np.random.Philox(key=key, counter=start * counters)
+    raw = stream.random_raw(rows * counters * WORDS_PER_COUNTER)
+    return raw.reshape(rows, -1)[:, :width]
+
+
+def smallest(keys: np.ndarray, count: int) -> np.ndarray:
+    """Positions of the `count` smallest keys of the last axis in rising order: a draw without replacement."""
+    if count < keys.shape[-1]:
+        picked = np.argpartition(keys, count, axis=-1)[..., :count]
+    else:
+        picked = np.broadcast_to(np.arange(count), keys.shape)
+    order = np.argsort(np.take_along_axis(keys, picked, -1), axis=-1, kind="stable")
+    return np.take_along_axis(picked, order, -1)
+
+
+def scaled(word: np.ndarray, bound: int) -> np.ndarray:
+    """Words to integers in 0..bound-1 (the bias of at most bound / 2^53 is far below anything measurable)."""
+    unit = (word >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return np.minimum((unit * bound).astype(np.int64), bound - 1)
+
+
+def task_seeds(word: np.ndarray) -> np.ndarray:
+    """Words to non-negative int64 seeds."""
+    return (word >> np.uint64(1)).astype(np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """An image data set: images uint8 (C, n, H, W), strokes or objects bright on 0; `subsets` name class numbers.
+
+    `version` is part of the identity of every episode: change the pixels, change the version.
+    """
+
+    name: str
+    version: str
+    split: str
+    images: np.ndarray
+    classes: tuple[str, ...]
+    subsets: Mapping[str, np.ndarray]
+
+    def tasks(
+        self,
+        subset: Subset,
+        *,
+        ways: int | None,
+        shots: int,
+        queries: int,
+        rotations: Rotations,
+        seed: int,
+        device: str,
+    ) -> ImageTasks:
+        """Bind `subset` and the shape of a task.
+
+        Raises:
+            ConfigError: ways above the subset's classes, or shots + queries above the images of a class.
+        """
+        return ImageTasks(self, subset, ways, shots, queries, rotations, seed, device)
+
+    def pixels_hash(self) -> str:
+        """Hash of the pixels themselves, for the environment."""
+        return hashlib.sha256(np.ascontiguousarray(self.images).tobytes()).hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=4)
+def _bank(data: ImageData, rotated: bool, device: str) -> Tensor:
+    """All images as one uint8 tensor (angles * C * n, 1, H, W) on the device; angle-major when rotated."""
+    angles = [np.rot90(data.images, k, axes=(-2, -1)) for k in range(4 if rotated else 1)]
+    stack = np.stack([np.ascontiguousarray(a) for a in angles])
+    return torch.from_numpy(stack).reshape(-1, 1, *data.images.shape[-2:]).to(device)
+
+
+class ImageTasks:
+    """N-way K-shot tasks over one subset of an `ImageData` (see `TaskDistribution`).
+
+    Rotations (multiples of 90 degrees; reference names who uses which):
+    `none`; `classes`: each angle is a class of its own, in all subsets (Snell et al. 2017); `per_class`: a random
+    angle per class and episode (Finn et al. 2017); `train_only`: as `classes` in training, none in val and test
+    (Nichol et al. 2018); `episode`: one random angle for all classes of an episode (Sung et al. 2018).
+    """
+
+    def __init__(
+        self,
+        data: ImageData,
+        subset: Subset,
+        ways: int | None,
+        shots: int,
+        queries: int,
+        rotations: Rotations,
+        seed: int,
+        device: str,
+    ) -> None:
+        as_classes = rotations == "classes" or (rotations == "train_only" and subset == "train")
+        members = np.asarray(data.subsets[subset], dtype=np.int64)
+        count, per_class = len(data.classes), data.images.shape[1]
+        angles = 4 if as_classes else 1
+        # a "class" below is angle * C + class number
+        self._pool = np.concatenate([members + angle * count for angle in range(angles)])
+        self._count, self._per_class = count, per_class
+        self._ways, self._shots, self._queries = ways, shots, queries
+        self._turn: Literal["per_class", "episode", "none"] = (
+            "per_class" if rotations == "per_class" else "episode" if rotations == "episode" else "none"
+        )
+        self._check(data.name, subset)
+        self._bank = _bank(data, rotations != "none", device)
+        self._key = philox_key(data.name, data.version, data.split, subset, ways, shots, queries, rotations, seed)
+        names = hashlib.sha256("\n".join(data.classes).encode()).hexdigest()
+        self._prefix = f"{data.name}\x1f{data.version}\x1f{names}\x1f".encode()
+        self._hashed = subset != "train"
+        self.problem = Problem(
+            shape=(1, *data.images.shape[-2:]), loss="cross_entropy", ways=ways, classes=len(self._pool)
+        )
+
+    def _check(self, name: str, subset: str) -> None:
+        if self._ways is not None and self._ways > len(self._pool):
+            raise ConfigError(f"{self._ways} ways, but {name} has {len(self._pool)} classes in its {subset} set")
+        if self._shots + self._queries > self._per_class:
+            raise ConfigError(
+                f"{self._shots} shots + {self._queries} queries, but {name} has {self._per_class} images per class"
+            )
+
+    def episodes(self, start: int, tasks: int) -> Episode:
+        """Tasks start .. start+tasks-1, support (T, ways*shots), query (T, ways*queries), ordered by label."""
+        if self._ways is None:
+            raise ConfigError("episodes need a number of ways")
+        ways, pool, per_class = self._ways, len(self._pool), self._per_class
+        raw = words(self._key, start, tasks, 2 + pool + ways + ways * per_class)
+        seeds, turn, keys, turns, drawings = np.split(raw, np.cumsum([1, 1, pool, ways]), axis=1)
+        classes = self._pool[smallest(keys, ways)]  # (T, ways): the order is the label, random per task
+        if self._turn == "per_class":
+            classes = classes + self._count * scaled(turns, 4)
+        elif self._turn == "episode":
+            classes = classes + self._count * scaled(turn, 4)
+        picks = smallest(drawings.reshape(tasks, ways, per_class), self._shots + self._queries)
+        index = torch.from_numpy(classes[:, :, None] * per_class + picks)
+        ids = self._ids(classes, picks) if self._hashed else ()
+        return Episode(
+            support=self._gather(index[:, :, : self._shots]),
+            query=self._gather(index[:, :, self._shots :]),
+            seeds=torch.from_numpy(task_seeds(seeds[:, 0])),
+            ids=ids,
+            classes=classes % self._count,
+        )
+
+    def images(self, start: int, n: int) -> Batch:
+        """n images drawn uniformly from the whole subset: x (1, n, 1, H, W), y (1, n) over all its classes."""
+        key = self._key ^ 1  # another stream than the episodes'
+        raw = words(key, start, n, 3)
+        label, drawing = scaled(raw[:, 0], len(self._pool)), scaled(raw[:, 1], self._per_class)
+        classes = self._pool[label]
+        if self._turn != "none":
+            classes = classes + self._count * scaled(raw[:, 2], 4)
+        index = torch.from_numpy(classes * self._per_class + drawing)[None]
+        x = self._pixels(index)
+        return Batch(x, torch.from_numpy(label)[None].to(x.device), ways=len(self._pool))
+
+    def _gather(self, index: Tensor) -> Batch:
+        tasks, ways, per_way = index.shape
+        x = self._pixels(index.reshape(tasks, -1))
+        y = torch.arange(ways, device=x.device).repeat_interleave(per_way).expand(tasks, -1)
+        return Batch(x, y, ways=ways)
+
+    def _pixels(self, index: Tensor) -> Tensor:
+        """Image numbers (T, n) -> float32 (T, n, 1, H, W) in [0, 1]."""
+        return self._bank[index.to(self._bank.device)].to(torch.float32).div_(255)
+
+    def _ids(self, classes: np.ndarray, picks: np.ndarray) -> tuple[str, ...]:
+        """A content hash per task: data version, class names, rotations, drawings and label order; not pixels."""
+        table = np.concatenate([classes[:, :, None], picks], axis=2).astype("<i4")
+        return tuple(hashlib.sha256(self._prefix + row.tobytes()).hexdigest()[:16] for row in table)
