@@ -1,4 +1,4 @@
-"""Embedding networks as pure functions of (parameters, input, statistics), and where normalisation takes its statistics.
+"""Embedding networks as pure functions of (parameters, input, statistics), and where these statistics come from.
 
 Normalisation is the largest hidden variable of few-shot learning (Bronskill et al. 2020, TaskNorm), so it is a
 parameter of every method, `norm`:
@@ -13,6 +13,7 @@ parameter of every method, `norm`:
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Literal
 
@@ -34,15 +35,21 @@ class Backbone(nn.Module):
 
     Attributes:
         out_dim: the number of features d.
+        name: its registry name.
+        bf16: convolve in bfloat16 (parameters, statistics and gradients of the parameters stay as they are).
         tracking: set by the trainer only; running statistics move only while it is true.
+        vmap_limit: up to so many examples a task, vmap over tasks with weights of their own beats a loop (on a CPU).
     """
 
     out_dim: int
+    vmap_limit: int
 
     def __init__(self, norm: Norm) -> None:
         super().__init__()
         self.norm = norm
+        self.name = ""
         self.tracking = False
+        self.bf16 = False
 
     def apply_to(self, params: Params, x: Tensor, stats: Stats | None = None) -> tuple[Tensor, Stats]:
         """Features (T, n, d) of x (T, n, *shape) and the statistics used; `stats` None: those of each task's x."""
@@ -55,14 +62,13 @@ class Backbone(nn.Module):
     def embed_support(self, params: Params, x: Tensor) -> tuple[Tensor, Stats]:
         """Features (T, n, d) of support sets and the statistics their queries need."""
         if self.norm == "running":
-            return self(x.flatten(0, 1)).unflatten(0, x.shape[:2]), ()
+            return self._ordinary_features(x), ()
         return self.apply_to(params, x)
 
     def embed_query(self, params: Params, x: Tensor, support: Tensor, stats: Stats) -> Tensor:
         """Features (T, m, d) of queries x (T, m, *shape), normalised as `norm` says."""
         if self.norm == "running":
-            features: Tensor = self(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-            return features
+            return self._ordinary_features(x)
         if self.norm == "batch":
             return self.apply_to(params, x)[0]
         if self.norm == "each":
@@ -73,7 +79,11 @@ class Backbone(nn.Module):
         tasks, queries = x.shape[:2]
         crowd = support[:, None].expand(tasks, queries, *support.shape[1:])
         joint = torch.cat([crowd, x[:, :, None]], dim=2).flatten(0, 1)
-        return self.apply_to(params, joint)[0][:, -1].unflatten(0, (tasks, queries))
+        return self.apply_to(params, joint)[0][:, -1].reshape(tasks, queries, -1)
+
+    def _ordinary_features(self, x: Tensor) -> Tensor:
+        features: Tensor = self(x.flatten(0, 1))
+        return features.reshape(*x.shape[:2], -1)
 
 
 class Conv4(Backbone):
@@ -100,26 +110,30 @@ class Conv4(Backbone):
         self.pool, self.average, self.eps = pool, average, eps
         channels, side = shape[0], shape[-1]
         for i in range(4):
-            conv = nn.Conv2d(channels if i == 0 else filters, filters, 3)
-            if glorot:
-                nn.init.xavier_uniform_(conv.weight)
-                nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
-            self.register_parameter(
-                f"conv{i}", nn.Parameter(conv.weight.detach().contiguous(memory_format=torch.channels_last))
-            )
-            self.register_parameter(f"bias{i}", conv.bias)
-            self.register_parameter(f"gamma{i}", nn.Parameter(torch.ones(filters)) if gamma else None)
-            self.register_parameter(f"beta{i}", nn.Parameter(torch.zeros(filters)))
-            if norm == "tasknorm":
-                self.register_parameter(f"scale{i}", nn.Parameter(torch.zeros(1)))
-                self.register_parameter(f"offset{i}", nn.Parameter(torch.zeros(1)))
-            if norm == "running":
-                self.register_buffer(f"mean{i}", torch.zeros(filters))
-                self.register_buffer(f"var{i}", torch.ones(filters))
+            self._add_block(i, channels if i == 0 else filters, filters, gamma=gamma, glorot=glorot)
             side = side // 2 if pool == "max" else math.ceil(side / 2)
         if side < 1:
             raise ConfigError(f"conv4 needs images of at least 16x16 pixels, got {shape[-2]}x{shape[-1]}")
         self.out_dim = filters if average else filters * side * side
+        self.vmap_limit = 10 if pool == "stride" else 0
+
+    def _add_block(self, i: int, channels: int, filters: int, *, gamma: bool, glorot: bool) -> None:
+        conv = nn.Conv2d(channels, filters, 3)
+        bias = conv.bias if conv.bias is not None else torch.zeros(filters)
+        if glorot:
+            nn.init.xavier_uniform_(conv.weight)
+            nn.init.zeros_(bias)
+        weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
+        self.register_parameter(f"conv{i}", nn.Parameter(weight))
+        self.register_parameter(f"bias{i}", nn.Parameter(bias.detach()))
+        self.register_parameter(f"gamma{i}", nn.Parameter(torch.ones(filters)) if gamma else None)
+        self.register_parameter(f"beta{i}", nn.Parameter(torch.zeros(filters)))
+        if self.norm == "tasknorm":
+            self.register_parameter(f"scale{i}", nn.Parameter(torch.zeros(1)))
+            self.register_parameter(f"offset{i}", nn.Parameter(torch.zeros(1)))
+        if self.norm == "running":
+            self.register_buffer(f"mean{i}", torch.zeros(filters))
+            self.register_buffer(f"var{i}", torch.ones(filters))
 
     def apply_to(self, params: Params, x: Tensor, stats: Stats | None = None) -> tuple[Tensor, Stats]:
         """See `Backbone.apply_to`; batch norm from primitives, exact to any order of gradient and under vmap."""
@@ -127,11 +141,11 @@ class Conv4(Backbone):
         used: list[tuple[Tensor, ...]] = []
         h = x.flatten(0, 1)
         for i in range(4):
-            h = self._convolve(params, h, i)
+            h = self._convolve(params, h, i).to(x.dtype)
             layer = self._statistics(params, h, i, tasks) if stats is None else stats[i]
             h = self._shrink(self._normalise(params, h, i, layer, tasks))
             used.append(layer)
-        return self._flatten(h).unflatten(0, x.shape[:2]), tuple(used)
+        return self._flatten(h).reshape(*x.shape[:2], -1), tuple(used)
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, d): in running mode through the fused batch norm, batch statistics while training."""
@@ -141,10 +155,13 @@ class Conv4(Backbone):
         h = x.contiguous(memory_format=torch.channels_last)
         for i in range(4):
             h = self._shrink(self._ordinary(params, self._convolve(params, h, i), i))
-        return self._flatten(h)
+        return self._flatten(h).to(x.dtype)
 
     def _convolve(self, params: Params, h: Tensor, i: int) -> Tensor:
-        return F.conv2d(h, params[f"conv{i}"], params[f"bias{i}"], stride=2 if self.pool == "stride" else 1, padding=1)
+        weight, bias = params[f"conv{i}"], params[f"bias{i}"]
+        if self.bf16:
+            h, weight, bias = h.bfloat16(), weight.bfloat16(), bias.bfloat16()
+        return F.conv2d(h, weight, bias, stride=2 if self.pool == "stride" else 1, padding=1)
 
     def _shrink(self, h: Tensor) -> Tensor:
         return F.relu(F.max_pool2d(h, 2) if self.pool == "max" else h)
@@ -163,7 +180,7 @@ class Conv4(Backbone):
         """Mean and variance (T, C) over each task's images and pixels; with TaskNorm also the learned blend."""
         if self.norm == "layer":
             return ()
-        split = h.unflatten(0, (tasks, -1))
+        split = h.reshape(tasks, -1, *h.shape[1:])
         mean = split.mean((1, 3, 4))
         var = (split - mean[:, None, :, None, None]).square().mean((1, 3, 4))
         if self.norm != "tasknorm":
@@ -172,7 +189,7 @@ class Conv4(Backbone):
         return mean, var, blend.expand(tasks, 1)
 
     def _normalise(self, params: Params, h: Tensor, i: int, layer: tuple[Tensor, ...], tasks: int) -> Tensor:
-        split = h.unflatten(0, (tasks, -1))
+        split = h.reshape(tasks, -1, *h.shape[1:])
         mean, var = self._moments(split, layer)
         inverse = torch.rsqrt(var + self.eps)
         gamma = params.get(f"gamma{i}")
@@ -208,10 +225,11 @@ class Mlp(Backbone):
         width = math.prod(shape)
         for i in range(2):
             layer = nn.Linear(width, hidden)
-            self.register_parameter(f"weight{i}", layer.weight)
-            self.register_parameter(f"bias{i}", layer.bias)
+            for name, value in layer.named_parameters():
+                self.register_parameter(f"{name}{i}", value)
             width = hidden
         self.out_dim = hidden
+        self.vmap_limit = sys.maxsize
 
     def apply_to(self, params: Params, x: Tensor, stats: Stats | None = None) -> tuple[Tensor, Stats]:
         """See `Backbone.apply_to`; there are no statistics."""
@@ -219,6 +237,39 @@ class Mlp(Backbone):
         for i in range(2):
             h = F.relu(F.linear(h, params[f"weight{i}"], params[f"bias{i}"]))
         return h, ()
+
+
+class Network(nn.Module):
+    """A backbone and a linear head, as pure functions of one flat dict of parameters: what inner loops adapt.
+
+    The functions are of ONE task, x (n, *shape), so that `tasks.Execution` can map them over the task axis.
+    """
+
+    def __init__(self, backbone: Backbone, outputs: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.out_dim, outputs)
+
+    def on_support(self, params: Params, x: Tensor) -> tuple[Tensor, Stats]:
+        """Outputs (n, outputs) of the images that the statistics come from, and these statistics."""
+        features, stats = self.backbone.apply_to(_strip(params, "backbone."), x[None])
+        return self._answer(params, features), stats
+
+    def support_stats(self, params: Params, x: Tensor) -> Stats:
+        """The statistics of support images x (n, *shape) if queries are normalised with them, else ()."""
+        return self.on_support(params, x)[1] if self.backbone.norm in ("support", "tasknorm") else ()
+
+    def on_query(self, params: Params, x: Tensor, support: Tensor, stats: Stats) -> Tensor:
+        """Outputs (m, outputs) of queries x (m, *shape), normalised as the backbone's `norm` says."""
+        features = self.backbone.embed_query(_strip(params, "backbone."), x[None], support[None], stats)
+        return self._answer(params, features)
+
+    def _answer(self, params: Params, features: Tensor) -> Tensor:
+        return F.linear(features[0], params["head.weight"], params["head.bias"])
+
+
+def _strip(params: Params, prefix: str) -> Params:
+    return {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
 
 
 METABENCH_BACKBONES = {
@@ -244,11 +295,16 @@ def make_backbone(
     Raises:
         ConfigError: an unknown name, or images for an MLP / vectors for a convolution.
     """
-    if name in ("mlp", "mlp64"):
-        return Mlp(shape, norm=norm, hidden=64 if name == "mlp64" else 40)
     if name not in METABENCH_BACKBONES:
         raise ConfigError(f"unknown backbone {name!r} (known: {', '.join(METABENCH_BACKBONES)})")
-    if len(shape) != 3:
+    network: Backbone
+    if name in ("mlp", "mlp64"):
+        network = Mlp(shape, norm=norm, hidden=64 if name == "mlp64" else 40)
+    elif len(shape) != 3:
         raise ConfigError(f"backbone {name} needs images, this problem's inputs have shape {shape}: use mlp")
-    pool: Literal["max", "stride"] = "max" if name == "conv4" else "stride"
-    return Conv4(shape, norm=norm, pool=pool, average=name == "conv4-strided", eps=eps, gamma=gamma, glorot=glorot)
+    else:
+        pool: Literal["max", "stride"] = "max" if name == "conv4" else "stride"
+        average = name == "conv4-strided"
+        network = Conv4(shape, norm=norm, pool=pool, average=average, eps=eps, gamma=gamma, glorot=glorot)
+    network.name = name
+    return network

@@ -1,7 +1,7 @@
 """Tasks and episodes: what an algorithm is trained on and judged by.
 
 The task axis always comes first: a `Batch` holds T tasks at once, `x` is (T, n, *shape). Every episode is a pure
-function of (data set and version, split, subset, ways, shots, queries, rotations, purpose, seed, index), made from
+function of (data set and version, split, subset, ways, shots, queries, rotations, seed, index), made from
 counter-based Philox words: episode i never depends on how many episodes were asked for before it, so that
 resuming a training is setting a counter, and all algorithms, versions and machines see the same test episodes.
 Image data sets live as one uint8 tensor on the device; sampling is index arithmetic plus one gather.
@@ -9,9 +9,10 @@ Image data sets live as one uint8 tensor on the device; sampling is index arithm
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -19,12 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metabench.errors import ConfigError
+from metabench.errors import ConfigError, DataError
 
 Loss = Literal["cross_entropy", "mse"]
 Subset = Literal["train", "val", "test"]
 Rotations = Literal["none", "classes", "per_class", "train_only", "episode"]
 
+EMBED_AT_ONCE = 512  # images per call when a whole subset is embedded
 WORDS_PER_COUNTER = 4  # one Philox-4x64 counter value yields four 64-bit words
 
 
@@ -152,6 +154,9 @@ class ImageData:
     """An image data set: images uint8 (C, n, H, W), strokes or objects bright on 0; `subsets` name class numbers.
 
     `version` is part of the identity of every episode: change the pixels, change the version.
+
+    Raises:
+        DataError: pixels of another type or shape, or subsets that share a class or name one that is not there.
     """
 
     name: str
@@ -160,6 +165,16 @@ class ImageData:
     images: np.ndarray
     classes: tuple[str, ...]
     subsets: Mapping[str, np.ndarray]
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != np.uint8 or self.images.ndim != 4 or len(self.images) != len(self.classes):
+            shape = f"{self.images.dtype} {self.images.shape}"
+            raise DataError(f"{self.name}: images must be uint8 ({len(self.classes)}, n, H, W), not {shape}")
+        members = np.concatenate([np.asarray(m, dtype=np.int64) for m in self.subsets.values()])
+        if len(np.unique(members)) < len(members):
+            raise DataError(f"{self.name}[{self.split}]: a class stands in two subsets: train, val and test never meet")
+        if members.size and not 0 <= members.min() <= members.max() < len(self.classes):
+            raise DataError(f"{self.name}[{self.split}]: a subset names a class outside 0..{len(self.classes) - 1}")
 
     def tasks(
         self,
@@ -225,9 +240,10 @@ class ImageTasks:
         )
         self._check(data.name, subset)
         self._bank = _bank(data, rotations != "none", device)
+        self._scale = 1 / 255
         self._key = philox_key(data.name, data.version, data.split, subset, ways, shots, queries, rotations, seed)
         names = hashlib.sha256("\n".join(data.classes).encode()).hexdigest()
-        self._prefix = f"{data.name}\x1f{data.version}\x1f{names}\x1f".encode()
+        self._prefix = f"{data.name}\x1f{data.version}\x1f{names}\x1f{shots}\x1f".encode()
         self._hashed = subset != "train"
         self.problem = Problem(
             shape=(1, *data.images.shape[-2:]), loss="cross_entropy", ways=ways, classes=len(self._pool)
@@ -276,6 +292,26 @@ class ImageTasks:
         x = self._pixels(index)
         return Batch(x, torch.from_numpy(label)[None].to(x.device), ways=len(self._pool))
 
+    def features(self, embed: Callable[[Tensor], Tensor]) -> Tensor:
+        """`embed` of every image of the subset: a table (images, d) for `over`, zeros elsewhere."""
+        members = np.unique(self._pool % self._count)
+        angles = np.arange(len(self._bank) // (self._count * self._per_class))
+        classes = (angles[:, None] * self._count + members).reshape(-1)
+        index = torch.from_numpy(classes[:, None] * self._per_class + np.arange(self._per_class)).reshape(-1)
+        table: Tensor | None = None
+        for part in index.split(EMBED_AT_ONCE):
+            z = embed(self._pixels(part[None])[0])
+            table = z.new_zeros((len(self._bank), z.shape[1])) if table is None else table
+            table[part.to(z.device)] = z
+        assert table is not None
+        return table
+
+    def over(self, features: Tensor) -> ImageTasks:
+        """The same tasks with features (T, n, d) of the images in the place of their pixels."""
+        same = copy.copy(self)
+        same._bank, same._scale = features, 1.0
+        return same
+
     def _gather(self, index: Tensor) -> Batch:
         tasks, ways, per_way = index.shape
         x = self._pixels(index.reshape(tasks, -1))
@@ -284,9 +320,9 @@ class ImageTasks:
 
     def _pixels(self, index: Tensor) -> Tensor:
         """Image numbers (T, n) -> float32 (T, n, 1, H, W) in [0, 1]."""
-        return self._bank[index.to(self._bank.device)].to(torch.float32).div_(255)
+        return self._bank[index.to(self._bank.device)].to(torch.float32).mul_(self._scale)
 
     def _ids(self, classes: np.ndarray, picks: np.ndarray) -> tuple[str, ...]:
-        """A content hash per task: data version, class names, rotations, drawings and label order; not pixels."""
+        """A content hash per task: data version, class names, shots, rotation, drawings, label order; not pixels."""
         table = np.concatenate([classes[:, :, None], picks], axis=2).astype("<i4")
         return tuple(hashlib.sha256(self._prefix + row.tobytes()).hexdigest()[:16] for row in table)

@@ -33,6 +33,22 @@ class WorkerError(MetabenchError):
     exit_code = 3
 
 
+class Interrupted(MetabenchError):
+    """Ctrl-C or a termination signal: partial results are kept."""
+
+    exit_code = 130
+
+
+class Unsupported(MetabenchError):
+    """An impossible combination of algorithm and problem: the row is skipped with this reason."""
+
+
+class Diverged(MetabenchError):
+    """A training or a prediction left the finite numbers."""
+
+    exit_code = 3
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ' (did you mean X?)' for the known name nearest to `name`, or the list of known names."""
     names = sorted(known)

@@ -1,7 +1,8 @@
 """Sequences of floats in, floats out: the intervals and tests behind every claim metabench makes.
 
-All intervals are two-sided at `level` (95 % unless said otherwise). A bound is None where the data cannot give one
-(one observation); an interval of width zero means the observations did not vary at all, not that the value is exact.
+All intervals are two-sided at `level` (95 % unless said otherwise). A bound is None where the data cannot
+give one (one observation); an interval of width zero means the observations did not vary at all, not that the
+value is exact.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ Scores = npt.ArrayLike
 class Interval:
     """An estimate and its interval.
 
-    `value` the estimate; `low`, `high` its bounds, both None where there is none; `n` the independent units behind it
-    (episodes, seeds, classes or processes); `sd` the standard deviation over those units (ddof 1), None for one unit;
-    `se` the standard error and `df` its degrees of freedom, where the interval rests on Student's t.
+    `value` the estimate; `low`, `high` its bounds, both None where there is none; `n` the independent units
+    behind it (episodes, seeds, classes or processes); `sd` the standard deviation over those units (ddof 1),
+    None for one unit; `se` the standard error and `df` its degrees of freedom, where the interval rests on Student's t.
     """
 
     value: float
@@ -48,8 +49,8 @@ class Interval:
 class Agreement:
     """How alike two data sets order the same algorithms.
 
-    `tau` Kendall's tau-b of the two lists of means, with the interval `low`..`high`; of `pairs` pairs of algorithms,
-    `decided` are told apart on both data sets, and `alike` of those point the same way.
+    `tau` Kendall's tau-b of the two lists of means, with the interval `low`..`high`; of `pairs` pairs of
+    algorithms, `decided` are told apart on both data sets, and `alike` of those point the same way.
     """
 
     tau: float
@@ -74,14 +75,15 @@ def mean_interval(values: Scores, *, level: float = 0.95) -> Interval:
 
 
 def seeds_interval(scores: Scores, *, level: float = 0.95) -> Interval:
-    """The interval of a method's mean score from `scores` (S seeds, E episodes), every seed scored on the same episodes.
+    """The interval of a method's mean score from `scores` (S seeds, E episodes), all seeds on the same episodes.
 
-    Seeds and episodes are crossed random effects, so the variance of the grand mean is
-    (MS_seed + max(MS_episode - MS_residual, 0)) / (S E): the first part carries S - 1 degrees of freedom, the second E - 1.
-    The two half widths, each with its own t quantile, are added in quadrature (Banerjee 1960), which never covers less
-    than it says; Satterthwaite's approximation covered only 88-94 % here with two or three seeds (simulated).
-    With one seed it is the t-interval over episodes, a statement on that one trained model (n is then E); with one
-    episode it is the t-interval over seeds. Raises ValueError for an empty or non-finite array.
+    Seeds and episodes are crossed random effects, so the variance of the grand mean is (MS_seed +
+    max(MS_episode - MS_residual, 0)) / (S E): the first part carries S - 1 degrees of freedom, the second E -
+    1. The two half widths, each with its own t quantile, are added in quadrature (Banerjee 1960), which never
+    covers less than it says; Satterthwaite's approximation covered only 88-94 % here with two or three seeds
+    (simulated). With one seed it is the t-interval over episodes, a statement on that one trained model (n is
+    then E); with one episode it is the t-interval over seeds. Raises ValueError for an empty or non-finite
+    array.
     """
     x = _finite(scores, ndim=2)
     if min(x.shape) == 1:
@@ -99,9 +101,9 @@ def seeds_interval(scores: Scores, *, level: float = 0.95) -> Interval:
 def paired_difference(a: Scores, b: Scores, *, level: float = 0.95) -> Interval:
     """The interval of mean(a) - mean(b), both (S seeds, E episodes), on the same episodes in the same order.
 
-    The differences of each (seed, episode) go through `seeds_interval`, so what the two methods share (hard episodes)
-    cancels. Seeds are paired by position: a seed fixes the order of the training tasks for both. Raises ValueError
-    where the shapes differ.
+    The differences of each (seed, episode) go through `seeds_interval`, so what the two methods share (hard
+    episodes) cancels. Seeds are paired by position: a seed fixes the order of the training tasks for both.
+    Raises ValueError where the shapes differ.
     """
     x, y = _finite(a, ndim=2), _finite(b, ndim=2)
     if x.shape != y.shape:
@@ -110,10 +112,10 @@ def paired_difference(a: Scores, b: Scores, *, level: float = 0.95) -> Interval:
 
 
 def class_interval(credit: Scores, classes: npt.ArrayLike, *, level: float = 0.95) -> Interval:
-    """The interval of the mean of `credit` (n queries), with classes as random clusters; `classes` (n,) names each's class.
+    """The interval of the mean of `credit` (n queries) with its `classes` (n,) as random clusters.
 
-    It answers "what if other classes had been drawn for testing", which an interval over episodes of the same few
-    classes does not (Lafargue et al. 2024).
+    It answers "what if other classes had been drawn for testing", which an interval over episodes of the same
+    few classes does not (Lafargue et al. 2024).
     """
     x = _finite(credit, ndim=1)
     _, index = np.unique(np.asarray(classes), return_inverse=True)
@@ -123,9 +125,10 @@ def class_interval(credit: Scores, classes: npt.ArrayLike, *, level: float = 0.9
 
 
 def cluster_interval(sums: Scores, counts: Scores, *, level: float = 0.95) -> Interval:
-    """The interval of sum(sums) / sum(counts) over clusters: the cluster-robust variance of a ratio, t with C - 1 df.
+    """The interval of sum(sums) / sum(counts): the cluster-robust variance of a ratio, t with C - 1 df.
 
-    `sums` (C,) the credit of each cluster (class), `counts` (C,) its queries, all above 0. `sd` is over the clusters' own means.
+    `sums` (C,) the credit of each cluster (class), `counts` (C,) its queries, all above 0. `sd` is over the
+    clusters' own means.
     """
     s, n = _finite(sums, ndim=1), _finite(counts, ndim=1)
     if s.shape != n.shape or (n <= 0).any():
@@ -141,7 +144,8 @@ def cluster_interval(sums: Scores, counts: Scores, *, level: float = 0.95) -> In
 def median_interval(values: Scores, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Interval:
     """The percentile bootstrap interval of the median of `values` (n,), n independent processes.
 
-    The draws come from Philox with `seed`, so the same values give the same interval everywhere. One value has no bounds.
+    The draws come from Philox with `seed`, so the same values give the same interval everywhere. One value
+    has no bounds.
     """
     x = _finite(values, ndim=1)
     value = float(np.median(x))
@@ -156,8 +160,8 @@ def median_interval(values: Scores, *, level: float = 0.95, draws: int = 2000, s
 def smallest_visible_difference(difference: Interval, *, power: float = 0.8) -> float | None:
     """The true difference that an interval as wide as `difference`'s would exclude zero for with probability `power`.
 
-    half width + t(power, df) x standard error, which for a plain t-interval is (t(0.975) + t(0.80)) x standard error
-    (about 2.8 standard errors with many episodes). None where there is no interval.
+    half width + t(power, df) x standard error, which for a plain t-interval is (t(0.975) + t(0.80)) x
+    standard error (about 2.8 standard errors with many episodes). None where there is no interval.
     """
     if difference.half is None or difference.se is None or difference.df is None:
         return None
@@ -169,10 +173,11 @@ def rank_agreement(
 ) -> Agreement:
     """How alike data sets A and B order the same algorithms; `a[i]` and `b[i]` are algorithm i's mean on each.
 
-    tau-b (Kendall 1945) is of the means. Its interval is a parametric bootstrap: every mean is redrawn from a normal
-    with its own standard error (half width / normal quantile), so it says how far measurement noise could move tau; it has
-    no bounds where a mean has none. A pair is decided on a data set when the two means lie further apart than
-    their half widths added in quadrature. Raises ValueError for unequal lists or fewer than two algorithms.
+    tau-b (Kendall 1945) is of the means. Its interval is a parametric bootstrap: every mean is redrawn from a
+    normal with its own standard error (half width / normal quantile), so it says how far measurement noise
+    could move tau; it has no bounds where a mean has none. A pair is decided on a data set when the two means
+    lie further apart than their half widths added in quadrature. Raises ValueError for unequal lists or fewer
+    than two algorithms.
     """
     if len(a) != len(b) or len(a) < 2:
         raise ValueError(
@@ -223,7 +228,7 @@ def _student(value: float, se: float, df: float, n: int, sd: float, level: float
 def _two_sources(
     value: float, first: tuple[float, int], second: tuple[float, int], sd: float, level: float
 ) -> Interval:
-    """Join two (variance, units) of one mean: Banerjee's half width; `se` and `df` (Satterthwaite) for the power formula."""
+    """Join two (variance, units) of one mean: Banerjee's half width; `se` and Satterthwaite's `df` beside it."""
     variance = first[0] + second[0]
     if variance == 0:
         return Interval(value, value, value, first[1], sd, 0.0, float(first[1] - 1))
@@ -235,7 +240,7 @@ def _two_sources(
 
 def _sd(x: Floats) -> float:
     """Standard deviation (ddof 1), exactly 0 where nothing varies."""
-    return _snap(float(((x - x.mean()) ** 2).sum()), x) ** 0.5 / (len(x) - 1) ** 0.5
+    return float(np.sqrt(_snap(float(((x - x.mean()) ** 2).sum()), x) / (len(x) - 1)))
 
 
 def _snap(squares: float, x: Floats) -> float:

@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 Strategy = Literal["serial", "vmap"]
+Choice = Literal["auto", "serial", "vmap"]
 Params = dict[str, Tensor]
 
 
@@ -36,15 +37,35 @@ class Execution:
     def gradient(self, loss: Callable[[Params], Tensor], params: Params, *, second_order: bool) -> Params:
         """The gradient of loss(params) with respect to params.
 
-        With `second_order` it stays differentiable, else it is a constant (first-order MAML).
+        With `second_order` it stays differentiable, where the caller has gradients enabled at all; else it is a
+        constant (first-order MAML) and no graph is built beyond the one backward pass.
         """
+        if second_order and torch.is_grad_enabled():
+            return self._differentiable(loss, params)
+        constants = {name: value.detach() for name, value in params.items()}
+        if self.strategy == "vmap":
+            with torch.no_grad():  # torch.func.grad minds the inner level only: this saves the outer graph
+                gradient: Params = torch.func.grad(loss)(constants)
+            return gradient
+        leaves = {name: value.requires_grad_() for name, value in constants.items()}
+        with torch.enable_grad():
+            value = loss(leaves)
+        return dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
+
+    def _differentiable(self, loss: Callable[[Params], Tensor], params: Params) -> Params:
         if self.strategy == "vmap":
             gradient: Params = torch.func.grad(loss)(params)
-        else:
-            leaves = params if second_order else tree_map(Tensor.detach, params)
-            leaves = {k: v if v.requires_grad else v.detach().requires_grad_() for k, v in leaves.items()}
-            with torch.enable_grad():
-                value = loss(leaves)
-                values = torch.autograd.grad(value, list(leaves.values()), create_graph=second_order)
-            gradient = dict(zip(leaves, values, strict=True))
-        return gradient if second_order else {k: v.detach() for k, v in gradient.items()}
+            return gradient
+        leaves = {k: v if v.requires_grad else v.detach().requires_grad_() for k, v in params.items()}
+        values = torch.autograd.grad(loss(leaves), list(leaves.values()), create_graph=True)
+        return dict(zip(leaves, values, strict=True))
+
+
+def choose(choice: Choice, x: Tensor, *, limit: int) -> Execution:
+    """How to work on x (T, n, *shape): `auto` is vmap for tasks of up to `limit` examples (on a GPU any), else serial.
+
+    A rule on shapes and nothing measured, so that a training resumed elsewhere runs in the same way.
+    """
+    if choice != "auto":
+        return Execution(choice)
+    return Execution("vmap" if x.shape[0] > 1 and (x.is_cuda or x.shape[1] <= limit) else "serial")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ Learner = Callable[[Tensor], Tensor]
 Valid until the next training step of the algorithm that made it."""
 
 Metrics = dict[str, Tensor]
+
+Schedule = Literal["constant", "cosine", "halving"]
+HALVE_EVERY = 2000  # steps; Snell et al. 2017
 
 
 class Algorithm(nn.Module, ABC):
@@ -53,7 +57,7 @@ class Algorithm(nn.Module, ABC):
         del total_steps
         return Trainer(self, torch.optim.Adam(self.parameters(), lr=1e-3))
 
-    def prepare(self, train: TaskDistribution) -> None:  # noqa: B027 - optional: most methods need nothing here
+    def prepare(self, train: TaskDistribution) -> None:
         """Once, after training (in eval mode): statistics of the training set, kept in buffers."""
 
     def unsupported(self, problem: Problem) -> str | None:
@@ -75,6 +79,22 @@ def query_loss(problem: Problem, output: Tensor, query: Batch) -> tuple[Tensor, 
     loss = F.cross_entropy(output.flatten(0, 1), query.y.flatten())
     accuracy = (output.detach().argmax(-1) == query.y).float().mean()
     return loss, {"loss": loss.detach(), "accuracy": accuracy}
+
+
+def schedule(
+    optimizer: torch.optim.Optimizer, kind: Schedule, total_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR | None:
+    """How the learning rate moves: not at all, along half a cosine to 0 at `total_steps`, or halved every 2000 steps.
+
+    In closed form of the step, so that a resumed training sees exactly the rates of an uninterrupted one.
+    """
+    if kind == "constant":
+        return None
+    if kind == "halving":
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 ** (step // HALVE_EVERY))
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * min(step / max(total_steps, 1), 1.0))
+    )
 
 
 class Trainer:
@@ -118,7 +138,7 @@ class Trainer:
 @contextmanager
 def tracking(algorithm: nn.Module) -> Iterator[None]:
     """Let modules that keep running statistics (attribute `tracking`) update them; only `Trainer.step` does so."""
-    modules = [m for m in algorithm.modules() if hasattr(m, "tracking")]
+    modules: list[Any] = [m for m in algorithm.modules() if hasattr(m, "tracking")]
     for module in modules:
         module.tracking = True
     try:

@@ -1,0 +1,125 @@
+"""Baseline: plain classification of all training classes, then a fresh linear head per task on frozen features."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from metabench.algorithms.base import Learner, Schedule
+from metabench.algorithms.classification import Classifier
+from metabench.backbones import Backbone, make_backbone
+from metabench.episodes import Batch, Problem
+
+METABENCH = {
+    "kind": "algorithm",
+    "name": "baseline",
+    "family": "transfer",
+    "paper": "Chen et al. 2019",
+    "url": "https://arxiv.org/abs/1904.04232",
+    "feeds": "images",
+    "control": False,
+    "problems": ["classification"],
+    "train": {},
+}
+
+
+class Baseline(Classifier):
+    """Chen et al. 2019: frozen features; per task a new linear layer, fitted with mini-batch SGD on the support set.
+
+    The gradient of a linear softmax layer is written out, (p - y) x, so that all tasks take their steps together. The
+    head's initial weights (as nn.Linear's) and the order of its mini-batches come from the task's own seed.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        backbone: Backbone,
+        *,
+        head_lr: float,
+        momentum: float,
+        dampening: float,
+        weight_decay: float,
+        epochs: int,
+        batch_size: int,
+        lr: float,
+        schedule: Schedule,
+    ) -> None:
+        super().__init__(problem, backbone, lr=lr, schedule=schedule)
+        self.head_lr, self.momentum, self.dampening = head_lr, momentum, dampening
+        self.weight_decay, self.epochs, self.batch_size = weight_decay, epochs, batch_size
+
+    @torch.no_grad()
+    def _fit(self, support: Batch, seeds: Tensor, steps: int) -> Tensor:
+        """Heads (T, ways, d + 1), the bias last, after `steps` mini-batches of SGD as torch.optim.SGD takes them."""
+        per_epoch = math.ceil(support.x.shape[1] / self.batch_size)
+        x, y = with_bias(support.x), support.one_hot()
+        head, orders = draw(seeds, like=x, ways=y.shape[-1], epochs=math.ceil(steps / per_epoch))
+        velocity = torch.zeros_like(head)
+        for step in range(steps):
+            epoch, i = divmod(step, per_epoch)
+            picked = orders[:, epoch, i * self.batch_size : (i + 1) * self.batch_size, None]
+            inputs, targets = x.take_along_dim(picked, 1), y.take_along_dim(picked, 1)
+            error = (inputs @ head.mT).softmax(-1).sub_(targets).div_(picked.shape[1])
+            gradient = (error.mT @ inputs).add_(head, alpha=self.weight_decay)
+            # torch's SGD starts the velocity at the first gradient, undamped
+            velocity.mul_(self.momentum).add_(gradient, alpha=1.0 if step == 0 else 1 - self.dampening)
+            head.sub_(velocity, alpha=self.head_lr)
+        return head
+
+    def adapt_features(self, support: Batch, *, seeds: Tensor, steps: int | None = None) -> Learner:
+        """See `FeatureMethod.adapt_features`; `steps` counts mini-batches, None: all epochs."""
+        if steps is None:
+            steps = self.epochs * math.ceil(support.x.shape[1] / self.batch_size)
+        head = self._fit(support, seeds, steps)
+        return lambda x: with_bias(x) @ head.mT
+
+
+def with_bias(x: Tensor) -> Tensor:
+    """x (T, n, d) with a last feature of ones: the bias becomes a weight."""
+    return torch.cat([x, x.new_ones(*x.shape[:2], 1)], dim=-1)
+
+
+def draw(seeds: Tensor, *, like: Tensor, ways: int, epochs: int) -> tuple[Tensor, Tensor]:
+    """Initial heads (T, ways, d + 1), uniform as nn.Linear's, and item orders (T, epochs, n), for `like` (T, n, d + 1).
+
+    A task's draws depend on its own seed only, never on the tasks that share the call.
+    """
+    bound = 1 / math.sqrt(like.shape[-1] - 1)
+    heads, orders = [], []
+    for seed in seeds.tolist():
+        generator = torch.Generator().manual_seed(seed)
+        heads.append(torch.rand(ways, like.shape[-1], generator=generator, dtype=torch.float64))
+        orders.append(torch.rand(epochs, like.shape[1], generator=generator, dtype=torch.float64).argsort(-1))
+    return (torch.stack(heads).to(like) * 2 - 1) * bound, torch.stack(orders).to(like.device)
+
+
+def build(
+    problem: Problem,
+    *,
+    backbone: str = "conv4",
+    norm: Literal["running", "support", "each", "tasknorm", "layer", "batch"] = "running",
+    head_lr: float = 0.01,
+    momentum: float = 0.9,
+    dampening: float = 0.9,
+    weight_decay: float = 1e-3,
+    epochs: int = 100,
+    batch_size: int = 4,
+    lr: float = 1e-3,
+    schedule: Literal["constant", "cosine", "halving"] = "constant",
+) -> Baseline:
+    """The transfer baseline; `lr` and `schedule` belong to the pre-training, the rest to the head of a task."""
+    return Baseline(
+        problem,
+        make_backbone(backbone, problem.shape, norm=norm),
+        head_lr=head_lr,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        schedule=schedule,
+    )

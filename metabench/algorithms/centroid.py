@@ -1,0 +1,96 @@
+"""Nearest centroid: plain classification of all training classes, then class means of centred, normalised features."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from metabench.algorithms.base import Learner, Schedule
+from metabench.algorithms.classification import Classifier
+from metabench.algorithms.metric import cosine, negative_sqeuclidean, prototypes, unit
+from metabench.backbones import Backbone, make_backbone
+from metabench.episodes import Batch, Problem, TaskDistribution
+
+METABENCH = {
+    "kind": "algorithm",
+    "name": "centroid",
+    "family": "transfer",
+    "paper": "Wang et al. 2019",
+    "url": "https://arxiv.org/abs/1911.04623",
+    "feeds": "images",
+    "control": False,
+    "problems": ["classification"],
+    "train": {},
+}
+
+CHUNK = 256  # images embedded at once
+Transform = Literal["none", "l2", "cl2"]
+
+
+class Centroid(Classifier):
+    """SimpleShot (Wang et al. 2019): no fitting at test time; features are centred and scaled to length 1 (`cl2`).
+
+    The centre is the mean feature of the training images, taken once by `prepare`.
+    """
+
+    centre: Tensor
+
+    def __init__(
+        self,
+        problem: Problem,
+        backbone: Backbone,
+        *,
+        transform: Transform,
+        distance: Literal["cosine", "sqeuclidean"],
+        centre_images: int,
+        lr: float,
+        schedule: Schedule,
+    ) -> None:
+        super().__init__(problem, backbone, lr=lr, schedule=schedule)
+        self.transform, self.distance, self.centre_images = transform, distance, centre_images
+        self.register_buffer("centre", torch.zeros(backbone.out_dim))
+
+    @torch.no_grad()
+    def prepare(self, train: TaskDistribution) -> None:
+        """The mean feature of `centre_images` training images."""
+        starts = range(0, self.centre_images, CHUNK)
+        images = (train.images(start, min(CHUNK, self.centre_images - start)).x[0] for start in starts)
+        self.centre.copy_(torch.cat([self.embed(x.to(self.centre.dtype)) for x in images]).mean(0))
+
+    def adapt_features(self, support: Batch, *, seeds: Tensor, steps: int | None = None) -> Learner:
+        """See `FeatureMethod.adapt_features`."""
+        del seeds, steps
+        centres = prototypes(replace(support, x=self._transformed(support.x)))
+        score = cosine if self.distance == "cosine" else negative_sqeuclidean
+        return lambda x: score(self._transformed(x), centres)
+
+    def _transformed(self, x: Tensor) -> Tensor:
+        if self.transform == "none":
+            return x
+        return unit(x - self.centre if self.transform == "cl2" else x)
+
+
+def build(
+    problem: Problem,
+    *,
+    backbone: str = "conv4",
+    norm: Literal["running", "support", "each", "tasknorm", "layer", "batch"] = "running",
+    transform: Literal["none", "l2", "cl2"] = "cl2",
+    distance: Literal["cosine", "sqeuclidean"] = "cosine",
+    centre_images: int = 2048,
+    lr: float = 1e-3,
+    schedule: Literal["constant", "cosine", "halving"] = "constant",
+) -> Centroid:
+    """Nearest centroid on pre-trained features; the same pre-training as `baseline`."""
+    return Centroid(
+        problem,
+        make_backbone(backbone, problem.shape, norm=norm),
+        transform=transform,
+        distance=distance,
+        centre_images=centre_images,
+        lr=lr,
+        schedule=schedule,
+    )

@@ -1,0 +1,30 @@
+"""Plain classification of all training classes at once: what the transfer methods pre-train their backbone with."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from metabench.algorithms.base import Metrics, Schedule, query_loss
+from metabench.algorithms.metric import Embedding
+from metabench.backbones import Backbone
+from metabench.episodes import Batch, Episode, Problem
+from metabench.errors import ConfigError
+
+
+class Classifier(Embedding):
+    """Backbone and a linear layer over every class of the training subset, trained on images with Adam."""
+
+    feeds = "images"
+
+    def __init__(self, problem: Problem, backbone: Backbone, *, lr: float, schedule: Schedule) -> None:
+        super().__init__(problem, backbone, lr=lr, schedule=schedule)
+        if problem.classes is None:
+            raise ConfigError(f"{type(self).__name__} needs a data set with classes to train on")
+        self.output = nn.Linear(backbone.out_dim, problem.classes)
+
+    def loss(self, batch: Episode | Batch) -> tuple[Tensor, Metrics]:
+        """Mean cross-entropy over all training classes; batch x (1, n, *shape), y (1, n)."""
+        if not isinstance(batch, Batch):
+            raise TypeError(f"{type(self).__name__} trains on images")
+        logits: Tensor = self.output(self.embed(batch.x.flatten(0, 1)))
+        return query_loss(self.problem, logits[None], batch)

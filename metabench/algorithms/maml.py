@@ -1,0 +1,215 @@
+"""MAML: an initialisation from which a few gradient steps on the support set solve a task (second order).
+
+Finn, Abbeel and Levine 2017, "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks", and the authors'
+code (cbfinn/maml). As there: strided Conv-4 whose batch norm has no gain and an epsilon of 1e-3, convolutions Xavier
+uniform, head N(0, 1); the batch norm's shifts are meta-learned but not adapted in the inner loop; outer Adam.
+Unlike there, the statistics are the support set's by default (`norm`), since the paper's are transductive: `batch`
+gives them. `running` is not offered: running averages mix the statistics of adapted and un-adapted weights, and a MAML
+network evaluated with them answers at chance level (Bronskill et al. 2020, Table 1).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metabench.algorithms.base import Algorithm, Learner, Schedule, Trainer, schedule
+from metabench.backbones import Network, Norm, Stats, make_backbone
+from metabench.episodes import Batch, Problem
+from metabench.tasks import Choice, Execution, Params, choose
+
+METABENCH = {
+    "kind": "algorithm",
+    "name": "maml",
+    "family": "gradient",
+    "paper": "Finn et al. 2017",
+    "url": "https://arxiv.org/abs/1703.03400",
+    "feeds": "episodes",
+    "control": False,
+    "problems": ["classification", "regression"],
+    "train": {"tasks": 32},
+}
+
+NOT_ADAPTED = ("beta", "gamma", "scale", "offset")  # parameters of normalisation layers
+InnerLoss = Literal["per_class_sum", "mean"]
+
+
+class Maml(Algorithm):
+    """Gradient steps on the support set; the outer loss is differentiated through them (`second_order`) or not."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        network: Network,
+        *,
+        strategy: Choice,
+        second_order: bool,
+        steps: tuple[int, int],
+        inner_lr: float,
+        inner_loss: InnerLoss,
+        adapt_norm: bool,
+        lr: float,
+        schedule: Schedule,
+    ) -> None:
+        super().__init__(problem)
+        self.network, self.strategy, self.second_order = network, strategy, second_order
+        self.train_steps, self.test_steps = steps
+        self.inner_lr, self.inner_loss = inner_lr, inner_loss
+        self.lr, self.schedule = lr, schedule
+        names = [name for name, _ in network.named_parameters()]
+        self.adapted = tuple(n for n in names if adapt_norm or not n.removeprefix("backbone.").startswith(NOT_ADAPTED))
+
+    def adapt(self, support: Batch, *, seeds: Tensor, steps: int | None = None) -> Learner:
+        """Take the inner steps for T tasks: `steps`, or the training's or the evaluation's number by default."""
+        del seeds  # nothing here is random
+        default = self.train_steps if self.training else self.test_steps
+        count = default if steps is None else steps
+
+        execution = self._execution(support.x)
+
+        def learn(x: Tensor, y: Tensor) -> tuple[Params, Stats]:
+            return self._learn(execution, x, y, count)
+
+        fast, stats = execution.map(learn, support.x, support.y)
+
+        def predict(x: Tensor) -> Tensor:
+            answers: Tensor = self._execution(x).map(self._answer, fast, stats, support.x, x)
+            return answers
+
+        return predict
+
+    def unsupported(self, problem: Problem) -> str | None:
+        """Only tasks with the ways trained for: the head has one output per class."""
+        if problem.ways != self.problem.ways:
+            return f"the head was trained for {self.problem.ways} ways, the test task has {problem.ways}"
+        return super().unsupported(problem)
+
+    def trainer(self, total_steps: int) -> Trainer:
+        """Adam, at a constant rate or with a cosine down to 0 over `total_steps`."""
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
+        return Trainer(self, optimizer, schedule=schedule(optimizer, self.schedule, total_steps))
+
+    def _execution(self, x: Tensor) -> Execution:
+        return choose(self.strategy, x, limit=self.network.backbone.vmap_limit)
+
+    def _learn(self, execution: Execution, x: Tensor, y: Tensor, steps: int) -> tuple[Params, Stats]:
+        """One task: the adapted parameters, and the statistics of its support set under them."""
+        params: Params = dict(self.network.named_parameters())
+        slow = {name: value for name, value in params.items() if name not in self.adapted}
+        fast = {name: params[name] for name in self.adapted}
+
+        def loss(fast: Params) -> Tensor:
+            return self._support_loss(self.network.on_support(fast | slow, x)[0], y)
+
+        for _ in range(steps):
+            gradient = execution.gradient(loss, fast, second_order=self.second_order)
+            fast = {name: value - self.inner_lr * gradient[name] for name, value in fast.items()}
+        return fast, self.network.support_stats(fast | slow, x)
+
+    def _support_loss(self, output: Tensor, y: Tensor) -> Tensor:
+        """The loss of one task's support set; `per_class_sum` is the cross-entropy's sum over K, ways times the mean.
+
+        (The authors' code divides the vector of losses by K and takes the gradient of the vector, which sums it: a
+        rate of 0.4 with 5 ways is 2.0 on the mean.)
+        """
+        if self.problem.loss == "mse":
+            return F.mse_loss(output, y)
+        scale = output.shape[-1] if self.inner_loss == "per_class_sum" else 1
+        return scale * F.cross_entropy(output, y)
+
+    def _answer(self, fast: Params, stats: Stats, support: Tensor, x: Tensor) -> Tensor:
+        """One task: outputs (m, ways | d) of its queries x (m, *shape)."""
+        return self.network.on_query(dict(self.network.named_parameters()) | fast, x, support, stats)
+
+
+def build(
+    problem: Problem,
+    *,
+    backbone: Literal["auto", "conv4", "conv4-strided", "conv4-strided-flat", "mlp", "mlp64"] = "auto",
+    norm: Literal["support", "each", "tasknorm", "layer", "batch"] = "support",
+    inner_steps: int = 1,
+    test_steps: int | None = None,
+    inner_lr: float | None = None,
+    inner_loss: Literal["per_class_sum", "mean"] = "per_class_sum",
+    adapt_norm: bool = False,
+    lr: float = 1e-3,
+    schedule: Literal["constant", "cosine"] = "constant",
+    strategy: Literal["auto", "serial", "vmap"] = "auto",
+) -> Maml:
+    """MAML for `problem`.
+
+    Args:
+        problem: the inputs' shape, and `ways` classes or `outputs` numbers to predict.
+        backbone: `auto` is conv4-strided for images and mlp for vectors.
+        norm: whose statistics the batch norm uses (see `metabench.backbones`).
+        inner_steps: gradient steps in training.
+        test_steps: gradient steps in evaluation; by default 3 for classification and 10 for regression, as the paper.
+        inner_lr: rate of the inner loop; by default 0.4 for classification (with `per_class_sum`, so 2.0 on the mean
+            loss of 5 ways) and 0.01 for regression (on the mean squared error), as the paper; 20 ways: 0.1 there.
+        inner_loss: how the cross-entropy of a support set is reduced; regression always takes the mean.
+        adapt_norm: whether the inner loop adapts the parameters of the normalisation layers as well.
+        lr: rate of the outer Adam.
+        schedule: the outer rate over the training: constant (paper) or a cosine to 0.
+        strategy: how tasks are executed; `auto` is by shapes (see `metabench.tasks.choose`).
+
+    Raises:
+        ConfigError: a backbone that does not fit the inputs.
+    """
+    return assemble(
+        problem,
+        second_order=True,
+        backbone=backbone,
+        norm=norm,
+        steps=(inner_steps, test_steps),
+        inner_lr=inner_lr,
+        inner_loss=inner_loss,
+        adapt_norm=adapt_norm,
+        lr=lr,
+        schedule=schedule,
+        strategy=strategy,
+    )
+
+
+def assemble(
+    problem: Problem,
+    *,
+    second_order: bool,
+    backbone: str,
+    norm: Norm,
+    steps: tuple[int, int | None],
+    inner_lr: float | None,
+    inner_loss: InnerLoss,
+    adapt_norm: bool,
+    lr: float,
+    schedule: Schedule,
+    strategy: Choice,
+) -> Maml:
+    """What MAML and first-order MAML are both built by: defaults that depend on the problem, and initialisation."""
+    regression = problem.loss == "mse"
+    if backbone == "auto":
+        backbone = "conv4-strided" if len(problem.shape) == 3 else "mlp"
+    return Maml(
+        problem,
+        make_network(problem, backbone, norm),
+        strategy=strategy,
+        second_order=second_order,
+        steps=(steps[0], steps[1] if steps[1] is not None else 10 if regression else 3),
+        inner_lr=inner_lr if inner_lr is not None else 0.01 if regression else 0.4,
+        inner_loss=inner_loss,
+        adapt_norm=adapt_norm,
+        lr=lr,
+        schedule=schedule,
+    )
+
+
+def make_network(problem: Problem, backbone: str, norm: Norm) -> Network:
+    """The paper's network for `problem`, initialised as its code does (vectors: as PyTorch does)."""
+    body = make_backbone(backbone, problem.shape, norm=norm, eps=1e-3, gamma=False, glorot=True)
+    network = Network(body, problem.ways if problem.ways is not None else problem.outputs)
+    if len(problem.shape) == 3:
+        nn.init.normal_(network.head.weight)
+        nn.init.zeros_(network.head.bias)
+    return network

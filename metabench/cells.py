@@ -1,0 +1,387 @@
+"""One point of a suite's grid, as plain data, and the id that names it.
+
+An id reads aloud: `maml[inner_steps=5,train=5w1s1q*3000]/omniglot[vinyals]/5w1s15q/support/cpu-float32/seed0` is MAML
+with five inner steps, trained for 3000 steps of one 5-way 1-shot task with one query per class, on the vinyals split
+of Omniglot, tested on 5-way 1-shot tasks with 15 queries per class, normalising by the support set. Parsing an id and
+printing it again gives the same text, and unequal cells have unequal ids; so an id is all that a row needs to keep.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from metabench.catalogue import BUDGETS, Catalogue, Plugin, Value
+from metabench.errors import ConfigError
+
+Item = tuple[str, Value]
+
+MEASURES = ("accuracy", "mse", "mse_before", "train_time", "adapt_time")
+DEVICES = ("cpu", "cuda")
+PRECISIONS = ("float32", "bf16")
+ROTATIONS = ("none", "classes", "per_class", "train_only", "episode")
+
+_COUNT = "([1-9][0-9]*)"
+_EPISODES = rf"(?:{_COUNT}w)?{_COUNT}s{_COUNT}q"
+_BARE = re.compile(r"(?!(?:null|true|false)$)[A-Za-z_][A-Za-z0-9_.+-]*")
+_STRUCTURE = re.compile(r"[^!-~]|[,\[\]=/]")
+_ID = re.compile(rf"([^/]+)/([^/]+)/{_EPISODES}/([^/]+)/(\w+)-(\w+)/seed(0|[1-9][0-9]*)")
+_TRAIN = re.compile(rf"(?:{_EPISODES}(?:x{_COUNT})?|{_COUNT}i)\*(?:{_COUNT}|([0-9][0-9.e+-]*)s)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSpec:
+    """How a meta-learner is trained: what one step sees and for how long.
+
+    Fed with episodes: `tasks` episodes a step, each of `ways` classes (None: regression) with `shots` and `queries`
+    examples per class. Fed with images: `batch` images a step, the rest None. Exactly one of `steps` and `seconds`.
+    """
+
+    ways: int | None = None
+    shots: int | None = None
+    queries: int | None = None
+    tasks: int | None = None
+    batch: int | None = None
+    steps: int | None = None
+    seconds: float | None = None
+
+    @property
+    def text(self) -> str:
+        """As in cell ids: '5w1s1qx8*3000', '64i*3000', '10s10q*75s'."""
+        budget = f"{self.steps}" if self.steps is not None else f"{self.seconds!r}".removesuffix(".0") + "s"
+        if self.batch is not None:
+            return f"{self.batch}i*{budget}"
+        return f"{_shape(self.ways, self.shots, self.queries)}{f'x{self.tasks}' if self.tasks != 1 else ''}*{budget}"
+
+    @property
+    def images_per_step(self) -> int:
+        """How many images (or points) one step sees."""
+        if self.batch is not None:
+            return self.batch
+        return (self.ways or 1) * ((self.shots or 0) + (self.queries or 0)) * (self.tasks or 1)
+
+    @property
+    def quick_look(self) -> bool:
+        """Whether the budget is wall time: such rows do not repeat and are never ranked."""
+        return self.seconds is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One point of the grid without the measure; a row's key is (cell.id, measure).
+
+    `params` and `data_params` are the explicit non-default parameters, sorted by name; `resolved` all parameters of
+    the algorithm (it follows from `params`, and does not count when cells are compared). `split` is the class
+    partition; cells are always measured on its test subset. `ways` is None for regression. `train` is None where
+    there is nothing to train, and for an algorithm that cannot do this problem. A `norm` that differs from the
+    default stands in `params` too; it is "none" for an algorithm without that parameter.
+    """
+
+    algorithm: str
+    params: tuple[Item, ...] = ()
+    dataset: str
+    split: str
+    data_params: tuple[Item, ...] = ()
+    rotations: str = "none"
+    ways: int | None
+    shots: int
+    queries: int
+    train: TrainSpec | None
+    norm: str = "none"
+    device: str = "cpu"
+    precision: str = "float32"
+    seed: int = 0
+    resolved: tuple[Item, ...] = field(default=(), compare=False, repr=False)
+
+    @property
+    def id(self) -> str:
+        """The cell's name: reads aloud, and `parse_id` reads it back."""
+        items = [item for item in self.params if item[0] != "norm"]
+        return f"{self._trained(items)}/{self._data}/{self.task}/{_print(self.norm)}/{self._where}"
+
+    @property
+    def training_id(self) -> str:
+        """The training's name, with all parameters: cells that differ only in the test task share it."""
+        return f"{self._trained(self.resolved)}/{self._data}/{self._where}"
+
+    @property
+    def bn_mode(self) -> str:
+        """'transductive' if predictions depend on the other queries (norm "batch"), else 'inductive'."""
+        return "transductive" if self.norm == "batch" else "inductive"
+
+    @property
+    def problem(self) -> str:
+        """'classification' or 'regression'."""
+        return "regression" if self.ways is None else "classification"
+
+    @property
+    def task(self) -> str:
+        """The test task: '5w1s15q' (ways, shots, queries per class), '10s100q' for regression."""
+        return _shape(self.ways, self.shots, self.queries)
+
+    def measures(self, wanted: Sequence[str]) -> tuple[str, ...]:
+        """Return those of the `wanted` measures that make sense for this cell, in the same order."""
+        unfit = {"mse", "mse_before"} if self.ways is not None else {"accuracy"}
+        return tuple(one for one in wanted if one not in unfit and (one != "train_time" or self.train is not None))
+
+    @property
+    def _where(self) -> str:
+        return f"{self.device}-{self.precision}/seed{self.seed}"
+
+    @property
+    def _data(self) -> str:
+        rotations = [("rotations", self.rotations)] if self.rotations != "none" else []
+        return _bracket(self.dataset, [self.split, *_texts([*rotations, *self.data_params])])
+
+    def _trained(self, items: Iterable[Item]) -> str:
+        return _bracket(self.algorithm, [*_texts(items), *([f"train={self.train.text}"] if self.train else [])])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A test task bound to its data: what a cell has besides algorithm, training, device, precision and seed."""
+
+    dataset: Plugin
+    split: str
+    params: tuple[Item, ...] = ()
+    rotations: str = "none"
+    ways: int | None
+    shots: int
+    queries: int
+
+    @property
+    def problem(self) -> str:
+        """'classification' or 'regression'."""
+        return str(self.dataset.meta["problem"])
+
+    @property
+    def name(self) -> str:
+        """The data set with its split: 'omniglot[vinyals]'."""
+        return f"{self.dataset.name}[{self.split}]"
+
+    @property
+    def images(self) -> int | None:
+        """Images per class; None for regression, where points are drawn without end."""
+        return None if self.problem == "regression" else int(self.dataset.meta["images_per_class"])
+
+    def classes(self, subset: str) -> int:
+        """Return the classes of a subset, rotated copies counted where they are classes of their own."""
+        rotated = self.rotations == "classes" or (self.rotations == "train_only" and subset == "train")
+        return int(self.dataset.meta["splits"][self.split][subset]) * (4 if rotated else 1)
+
+
+def make_cell(
+    algorithm: Plugin,
+    task: Task,
+    *,
+    params: Mapping[str, Value],
+    train: TrainSpec | None,
+    device: str = "cpu",
+    precision: str = "float32",
+    seed: int = 0,
+) -> Cell:
+    """Return the cell in its one canonical form. Raises ConfigError for parameters that it does not take."""
+    resolved = algorithm.resolve(params)
+    norm = resolved.get("norm")
+    return Cell(
+        algorithm=algorithm.name,
+        params=explicit(algorithm, params),
+        dataset=task.dataset.name,
+        split=task.split,
+        data_params=task.params,
+        rotations=task.rotations,
+        ways=task.ways,
+        shots=task.shots,
+        queries=task.queries,
+        train=train,
+        norm=norm if isinstance(norm, str) else "none",
+        device=device,
+        precision=precision,
+        seed=seed,
+        resolved=tuple(sorted(resolved.items())),
+    )
+
+
+def explicit(plugin: Plugin, params: Mapping[str, Value]) -> tuple[Item, ...]:
+    """Return the parameters that differ from their defaults, sorted by name, each in its canonical form."""
+    items = []
+    for name, value in sorted(params.items()):
+        parameter = plugin.parameter(name)
+        if parameter is not None and (parameter.required or parameter.canonical(value) != parameter.default):
+            items.append((name, parameter.canonical(value)))
+    return tuple(items)
+
+
+def unsupported(cell: Cell, catalogue: Catalogue) -> str | None:
+    """Return why the algorithm cannot do the cell's problem (the row is skipped with this reason), or None."""
+    return no_match(catalogue.algorithm(cell.algorithm), cell.problem)
+
+
+def no_match(algorithm: Plugin, problem: str) -> str | None:
+    """Return why the algorithm cannot do the problem, or None."""
+    problems = algorithm.meta["problems"]
+    if problem in problems:
+        return None
+    return f"{algorithm.name} does {' and '.join(problems)}, not {problem}"
+
+
+def matches(key: str, filter: str) -> bool:
+    """Return whether every space-separated word of `filter` (-k) occurs in `key`, a 'cell.id/measure'."""
+    return all(word in key for word in filter.split())
+
+
+def merge_training(layers: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Lay training settings over one another, weakest first; a budget replaces a weaker budget of any kind."""
+    merged: dict[str, float] = {}
+    for layer in layers:
+        if any(key in layer for key in BUDGETS):
+            merged = {key: value for key, value in merged.items() if key not in BUDGETS}
+        merged |= layer
+    return merged
+
+
+def train_spec(given: Mapping[str, float], *, feeds: str, task: Task) -> TrainSpec:
+    """Return the training that merged settings mean for a task, the budget resolved to steps (seconds stay seconds).
+
+    What is unset comes from the test task: its ways, its shots, and its queries as far as a class has images.
+    `given` holds one budget, and not `episodes` if it feeds images: `training_problems` says so.
+    """
+    if feeds == "images":
+        spec = TrainSpec(batch=int(given.get("batch", 64)))
+    else:
+        shots = int(given.get("shots", task.shots))
+        room = task.queries if task.images is None else max(1, task.images - shots)
+        ways = None if task.ways is None else int(given.get("ways", task.ways))
+        queries = int(given.get("queries", min(task.queries, room)))
+        spec = TrainSpec(ways=ways, shots=shots, queries=queries, tasks=int(given.get("tasks", 1)))
+    if "seconds" in given:
+        return replace(spec, seconds=float(given["seconds"]))
+    per_step = {"steps": 1, "episodes": spec.tasks or 1, "images": spec.images_per_step}
+    budget = next(key for key in per_step if key in given)
+    return replace(spec, steps=-(-int(given[budget]) // per_step[budget]))
+
+
+def training_problems(given: Mapping[str, float], *, feeds: str, task: Task) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with merged training settings for a task: the key at fault ('' if one lacks), and why."""
+    if not any(key in given for key in BUDGETS):
+        yield "", "no training budget: give it one, such as train: {steps: 1000}"
+    elif feeds == "images" and "episodes" in given:
+        yield "episodes", "it is fed with images, not episodes: give it a budget in steps or images"
+    if feeds == "images" or task.images is None:
+        return
+    spec = train_spec({**given, "steps": 1}, feeds=feeds, task=task)
+    if spec.ways is not None and spec.ways > (classes := task.classes("train")):
+        yield "ways", f"{spec.ways} training ways are more than the {classes} training classes of {task.name}"
+    if (examples := (spec.shots or 0) + (spec.queries or 0)) > task.images:
+        why = f"{spec.shots} shots + {spec.queries} queries in training are {examples}"
+        yield "queries" if "queries" in given else "shots", f"{why}: a class of {task.name} has {task.images} images"
+
+
+def parse_id(text: str, catalogue: Catalogue) -> Cell:
+    """Return the cell that `text` names. Raises ConfigError if it is no cell id, or not in its canonical form."""
+    match = _ID.fullmatch(text)
+    if match is None:
+        raise ConfigError(
+            f"not a cell id: {text!r}: it must read algorithm[...]/dataset[...]/5w1s15q/norm/device/seed0"
+        )
+    trained, data, ways, shots, queries, norm, device, precision, seed = match.groups()
+    try:
+        algorithm, params, train = _parse_trained(trained, catalogue)
+        if algorithm.parameter("norm"):
+            params["norm"] = _parse(norm)
+        task = _parse_task(data, (ways, shots, queries), catalogue)
+        where = {"device": device, "precision": precision}
+        cell = make_cell(algorithm, task, params=params, train=train, seed=int(seed), **where)
+    except (ValueError, OverflowError, RecursionError) as error:  # of json, int and float, too
+        raise ConfigError(f"not a cell id: {text!r}: {error}") from error
+    if cell.id != text or device not in DEVICES or precision not in PRECISIONS:
+        raise ConfigError(f"not a cell id: {text!r}: it should read {cell.id!r}")
+    return cell
+
+
+def _parse_trained(text: str, catalogue: Catalogue) -> tuple[Plugin, dict[str, Value], TrainSpec | None]:
+    """Return the algorithm, its parameters and its training from an id's first segment."""
+    name, items = _unbracket(text)
+    pairs = dict(_pair(item) for item in items)
+    train = pairs.pop("train", None)
+    params = {key: _parse(value) for key, value in pairs.items()}
+    return catalogue.algorithm(name), params, None if train is None else _parse_train(train)
+
+
+def _parse_task(text: str, shape: Sequence[str | None], catalogue: Catalogue) -> Task:
+    """Return the task from an id's second segment and the digits of its third."""
+    name, (split, *items) = _unbracket(text)
+    dataset = catalogue.dataset(name)
+    if split not in dataset.meta["splits"]:
+        raise ValueError(f"{name} has no split {split!r}")
+    pairs = dict(_pair(item) for item in items)
+    rotations = pairs.pop("rotations", "none")
+    params = {key: _parse(value) for key, value in pairs.items()}
+    if dataset.check({**params, "split": split}) or "split" in params:
+        raise ValueError(f"wrong parameters of {name}")
+    ways, shots, queries = (None if digits is None else int(digits) for digits in shape)
+    task = Task(
+        dataset=dataset,
+        split=split,
+        params=explicit(dataset, params),
+        rotations=rotations,
+        ways=ways,
+        shots=shots or 0,
+        queries=queries or 0,
+    )
+    if rotations not in ROTATIONS or (ways is None) != (task.problem == "regression"):
+        raise ValueError(f"no such task of {name}")
+    return task
+
+
+def _parse_train(text: str) -> TrainSpec:
+    match = _TRAIN.fullmatch(text)
+    if match is None:
+        raise ValueError(f"no training reads {text!r}")
+    *counts, seconds = match.groups()
+    ways, shots, queries, tasks, batch, steps = (None if digits is None else int(digits) for digits in counts)
+    spec = TrainSpec(batch=batch) if batch else TrainSpec(ways=ways, shots=shots, queries=queries, tasks=tasks or 1)
+    return replace(spec, steps=steps, seconds=None if seconds is None else float(seconds))
+
+
+def _shape(ways: int | None, shots: int | None, queries: int | None) -> str:
+    return f"{'' if ways is None else f'{ways}w'}{shots}s{queries}q"
+
+
+def _texts(items: Iterable[Item]) -> list[str]:
+    return [f"{name}={_print(value)}" for name, value in items]
+
+
+def _bracket(name: str, texts: Sequence[str]) -> str:
+    return f"{name}[{','.join(texts)}]" if texts else name
+
+
+def _unbracket(text: str) -> tuple[str, list[str]]:
+    name, bracket, inside = text.partition("[")
+    if not bracket:
+        return name, []
+    if not inside.endswith("]"):
+        raise ValueError(f"{text!r} lacks a closing bracket")
+    return name, inside[:-1].split(",")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"{text!r} is not name=value")
+    return name, value
+
+
+def _print(value: Value) -> str:
+    """Return the value so that `_parse` gives it back, type included, and no structure of the id occurs in it."""
+    if isinstance(value, str) and not _BARE.fullmatch(value):
+        return _STRUCTURE.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(value))
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _parse(text: str) -> Value:
+    """Return the value that `_print` printed. Raises ValueError."""
+    value: Value = text if _BARE.fullmatch(text) else json.loads(text)
+    return value

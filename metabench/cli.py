@@ -1,0 +1,288 @@
+"""The command line: parse, call one library function, print, exit code. Heavy imports stay inside the commands.
+
+Data goes to standard output, progress and logs to standard error. Exit codes: 0 good, 2 usage or configuration,
+3 a cell failed or nothing ran, 130 interrupted with the partial results kept.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from metabench import __version__
+from metabench.errors import ConfigError, MetabenchError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from metabench.runner import Outcome
+    from metabench.store import Run
+    from metabench.suite import Suite
+
+app = typer.Typer(
+    name="metabench",
+    help="Benchmark meta-learning algorithms: quality and cost, on identical episodes, with intervals.",
+    epilog="Start with `metabench run`, which needs no data and takes about three minutes on two cores.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Data sets: what is there, download with checksum, check.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+DEFAULT_OUT = Path("results/runs")
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(help="Folder with data sets, e.g. DIR/omniglot/images_background.zip.", envvar="METABENCH_DATA"),
+]
+
+
+def main() -> None:
+    """Run the command line; every error of ours is one message and a documented exit code."""
+    signal.signal(signal.SIGTERM, _terminated)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        app(standalone_mode=True)
+    except MetabenchError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output has gone (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _terminated(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    stderr = _console(stderr=True)
+    stderr.print("error:", message, style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"metabench {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    del version
+
+
+@app.command()
+def run(
+    suites: Annotated[
+        list[str] | None, typer.Argument(metavar="[SUITE]...", help="Shipped suites or YAML files; default quickstart.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where run folders go.")] = DEFAULT_OUT,
+    device: Annotated[str, typer.Option(help="auto (as the suite says), cpu or cuda.")] = "auto",
+    select: Annotated[
+        str, typer.Option("-k", "--select", help="Only rows whose 'cell/measure' holds all of these words.")
+    ] = "",
+    seeds: Annotated[str | None, typer.Option(help="Seeds in the place of the suite's, e.g. 0,1,2.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on with the newest run of the suite, or start a new one.")
+    ] = True,
+    extend: Annotated[Path | None, typer.Option(help="Go on with this run folder.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what would be measured, and stop.")] = False,
+    data_root: DataRoot = None,
+) -> None:
+    """Run suites: what is measured already is kept, what is missing is measured, then the tables are printed."""
+    from metabench.suite import load_suite
+
+    _use_data_root(data_root)
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device {device}: choose auto, cpu or cuda")
+    chosen = [load_suite(name) for name in suites or ["quickstart"]]
+    numbers = _seeds(seeds)
+    where = None if device == "auto" else device
+    if extend and (len(chosen) > 1 or not resume):
+        raise ConfigError("--extend goes on with one run: name one suite, and drop --no-resume")
+    code = 0
+    for suite in chosen:
+        if plan:
+            _print_plan(suite, select, where, numbers, out)
+            continue
+        code = max(code, _run(suite, out, select, where, numbers, resume, extend).exit_code)
+    sys.exit(code)
+
+
+def _run(
+    suite: Suite,
+    out: Path,
+    select: str,
+    device: str | None,
+    seeds: Sequence[int] | None,
+    resume: bool,
+    extend: Path | None,
+) -> Outcome:
+    from metabench import runner
+    from metabench.progress import Show
+
+    stderr = _console(stderr=True)
+    with Show(stderr) as show:
+        outcome = runner.run(
+            suite, out=out, watch=show, select=select, device=device, seeds=seeds, resume=resume, extend=extend
+        )
+    _write_reports(outcome.run)
+    if outcome.rows == 0:
+        stderr.print(f"error: no row of {suite.name} matches -k {select!r}; see `metabench run {suite.name} --plan`")
+    for row in outcome.bad:
+        stderr.print(f"{row.status}: {row.cell} {row.measure}: {row.reason}", style="red", markup=False, soft_wrap=True)
+    return outcome
+
+
+def _write_reports(folder: Run) -> None:
+    """The derived files of a run, its tables on standard output, and the summary that CI shows."""
+    from metabench.report import csvfile, render
+    from metabench.report.load import load
+
+    data = load([folder.path])
+    folder.write("results.csv", csvfile.results(data.rows))
+    folder.write("episodes.csv", csvfile.episodes(data.episodes))
+    markdown = render(data, "md")
+    folder.write("report.md", markdown)
+    _print_text(render(data, "table", width=_width()))
+    summary = os.environ.get("GITHUB_STEP_SUMMARY")
+    if summary:
+        with Path(summary).open("a", encoding="utf-8") as file:
+            file.write(markdown)
+
+
+def _print_plan(suite: Suite, select: str, device: str | None, seeds: Sequence[int] | None, out: Path) -> None:
+    from metabench import runner
+    from metabench.store import Run
+
+    rows = runner.select_rows(runner.plan(runner.override(suite, seeds=seeds, device=device)), select)
+    newest = Run.newest(out, suite.name)
+    done = newest.measurements() if newest else {}
+    for row in rows:
+        typer.echo(f"{'done' if runner.is_done(row, done) else 'to do':5}  {row.cell.id}  {row.measure}")
+    trainings = {row.cell.training_id for row in rows if row.cell.train}
+    left = sum(not runner.is_done(row, done) for row in rows)
+    typer.echo(f"{suite.name}: {len(rows)} rows, {left} to do, {len(trainings)} trainings", err=True)
+
+
+@app.command()
+def ls(
+    what: Annotated[str, typer.Argument(help="algorithms, datasets, backbones, suites, or all.")] = "all",
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """List what there is, one line each, with the paper."""
+    from metabench import listing
+
+    found = listing.ls(what)
+    _print_text(listing.as_json(found) if as_json else listing.as_text(found, _width()))
+
+
+@app.command()
+def validate(
+    suite: Annotated[str | None, typer.Argument(help="A shipped suite or a YAML file.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of suites and exit.")] = False,
+) -> None:
+    """Check a suite without running it: every mistake at once, with line numbers."""
+    import json
+
+    from metabench import suite as suites
+
+    if schema:
+        typer.echo(json.dumps(suites.schema(), indent=2))
+        return
+    if suite is None:
+        raise ConfigError("name a suite or a YAML file to validate, or ask for --schema")
+    found = suites.load_suite(suite)
+    cells = found.cells()
+    typer.echo(f"{found.path}: good; {len(cells)} cells, {len({c.training_id for c in cells if c.train})} trainings")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, e.g. results/runs/SUITE/latest.")],
+    format: Annotated[str, typer.Option("--format", "-f", help="table, md, csv, json or latex.")] = "table",
+    reference: Annotated[str | None, typer.Option(help="The method that differences are taken to.")] = None,
+) -> None:
+    """The comparative tables of one or several runs."""
+    from metabench.report import render
+    from metabench.report.load import load
+
+    _print_text(render(load(runs), format, reference, width=_width()))
+
+
+@data_app.command("ls")
+def data_ls(data_root: DataRoot = None) -> None:
+    """Which data sets there are, and whether their files are."""
+    from metabench import listing
+
+    _use_data_root(data_root)
+    for status in listing.data_ls():
+        typer.echo(f"{status.name:12} {status.state:9} {status.detail}")
+
+
+@data_app.command("fetch")
+def data_fetch(name: str, data_root: DataRoot = None) -> None:
+    """Download a data set with its checksum (or take it from the data root), and decode it into the cache."""
+    from metabench import listing
+
+    _use_data_root(data_root)
+    status = listing.data_module(name, "fetch").fetch()
+    typer.echo(f"{status.name}: {status.state}; {status.detail}")
+
+
+@data_app.command("verify")
+def data_verify(name: str, data_root: DataRoot = None) -> None:
+    """Read a data set again from its source and compare it with its golden content hash."""
+    from metabench import listing
+
+    _use_data_root(data_root)
+    status = listing.data_module(name, "verify").verify()
+    typer.echo(f"{status.name}: {status.state}; {status.detail}")
+
+
+def _use_data_root(root: Path | None) -> None:
+    if root is not None:
+        os.environ["METABENCH_DATA"] = str(root.absolute())
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--seeds {text}: give whole numbers, e.g. --seeds 0,1,2") from None
+    if min(numbers) < 0 or len(set(numbers)) < len(numbers):
+        raise ConfigError(f"--seeds {text}: seeds are 0 or more, each once")
+    return numbers
+
+
+def _width() -> int:
+    """Columns for tables: the terminal's, 80 where there is none."""
+    import shutil
+
+    return shutil.get_terminal_size((80, 24)).columns if sys.stdout.isatty() or "COLUMNS" in os.environ else 80
+
+
+def _print_text(text: str) -> None:
+    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+    sys.stdout.flush()

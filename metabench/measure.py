@@ -1,0 +1,217 @@
+"""What a job does: train one meta-learner, then measure the cells that share it.
+
+A job is plain data, made by `runner.plan_jobs`. Results leave through `emit`, one per finished measure, so that the
+parent can make each durable before the next begins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metabench import timing
+from metabench.algorithms.base import Algorithm, Learner
+from metabench.algorithms.metric import FeatureMethod
+from metabench.backbones import Backbone
+from metabench.episodes import Dataset, ImageTasks, Problem, Subset, TaskDistribution, philox_key
+from metabench.errors import Diverged, MetabenchError, Unsupported
+from metabench.scoring import Stopped, score_episodes
+from metabench.training import Plan, train
+
+Job = Mapping[str, Any]
+
+
+@dataclass
+class Workshop:
+    """What a worker keeps between jobs: the plug-in loader, data sets, and its line to the parent."""
+
+    load: Callable[[str, str], Any]  # (kind, name) -> plug-in module
+    emit: Callable[..., None]  # (kind of message, **content)
+    stopping: Callable[[], bool]
+    datasets: dict[str, Dataset] = field(default_factory=dict)
+
+    def dataset(self, job: Job) -> Dataset:
+        """The job's data set, loaded once."""
+        key = repr((job["dataset"], sorted(job["data_params"].items())))
+        if key not in self.datasets:
+            self.datasets[key] = self.load("dataset", job["dataset"]).build(**job["data_params"])
+        return self.datasets[key]
+
+
+def run_job(job: Job, shop: Workshop) -> None:
+    """Do one job: every (cell, measure) of it is emitted exactly once.
+
+    Raises:
+        Stopped: the parent asked for a stop; what is not emitted is pending.
+    """
+    left = [(cell["id"], measure) for cell in job["cells"] for measure in cell["measures"]]
+
+    def result(cell: str, measure: str, status: str, **content: Any) -> None:
+        left.remove((cell, measure))
+        shop.emit("result", cell=cell, measure=measure, status=status, **content)
+
+    def rest(status: str, reason: str) -> None:
+        for cell, measure in list(left):
+            result(cell, measure, status, reason=reason)
+
+    try:
+        _Cells(job, shop, result).run()
+    except Stopped:
+        raise
+    except Unsupported as error:
+        rest("skipped", str(error))
+    except Diverged as error:
+        rest("diverged", str(error))
+    except Exception as error:  # a failing cell is a row with a reason; the suite goes on
+        shop.emit("log", text=traceback.format_exc())
+        rest("failed", reason_of(error))
+
+
+def reason_of(error: BaseException) -> str:
+    """One line that says what failed and where."""
+    if isinstance(error, MetabenchError):
+        return str(error)
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]} ({Path(where.filename).name}:{where.lineno})"
+
+
+class _Cells:
+    """The cells of one job, and what they share."""
+
+    def __init__(self, job: Job, shop: Workshop, result: Callable[..., None]) -> None:
+        self.job, self.shop, self.result = job, shop, result
+        self.features: Tensor | None = None
+        self.dataset = shop.dataset(job)
+        self.source = self._bind("train", job["train"]) if job["train"] else None
+        self.tests = {cell["id"]: self._bind("test", cell) for cell in job["cells"]}
+        first = next(iter(self.tests.values()))
+        self.problem = self.source.problem if self.source else first.problem
+
+    def run(self) -> None:
+        algorithm = build(self.job, self.shop, self.problem)
+        facts = {"backbone": backbone_name(algorithm), "threads": torch.get_num_threads()}
+        cells = self._supported(algorithm)
+        if not cells:
+            return
+        if self.job["mode"] == "time":
+            algorithm.eval()
+            for cell in cells:
+                self._time(algorithm, cell, facts)
+            return
+        if self.source is not None:
+            facts |= train(algorithm, self._plan())
+        algorithm.eval()
+        for cell in cells:
+            for measure in cell["measures"]:
+                self._measure(algorithm, cell, measure, facts)
+
+    def _bind(self, subset: Subset, shape: Mapping[str, Any]) -> TaskDistribution:
+        """The subset's tasks in the shape a cell or a training spec declares."""
+        return self.dataset.tasks(
+            subset,
+            ways=shape.get("ways"),
+            shots=shape.get("shots") or 1,
+            queries=shape.get("queries") or 1,
+            rotations=self.job["rotations"],
+            seed=self.job["seed"] if subset == "train" else self.job["evaluation"]["seed"],
+            device=self.job["device"],
+        )
+
+    def _supported(self, algorithm: Algorithm) -> list[Mapping[str, Any]]:
+        """The cells this algorithm can answer; the others become skipped rows with the reason."""
+        possible = []
+        for cell in self.job["cells"]:
+            reason = algorithm.unsupported(self.tests[cell["id"]].problem)
+            if reason is None:
+                possible.append(cell)
+                continue
+            for measure in cell["measures"]:
+                self.result(cell["id"], measure, "skipped", reason=reason)
+        return possible
+
+    def _plan(self) -> Plan:
+        job, spec = self.job, self.job["train"]
+        assert self.source is not None
+        source = self.source
+        validation = None
+        if job["evaluation"]["selection"] == "val":
+            first = job["cells"][0]
+            shape = {**first, **{k: spec[k] for k in ("ways", "shots") if spec.get(k)}}
+            validation = self._bind("val", shape)
+        return Plan(
+            source=source,
+            spec=spec,
+            checkpoint=Path(job["checkpoint"]),
+            twin=lambda: build(job, self.shop, source.problem),
+            validation=validation,
+            stopping=self.shop.stopping,
+            emit=self.shop.emit,
+        )
+
+    def _measure(self, algorithm: Algorithm, cell: Mapping[str, Any], measure: str, facts: Mapping[str, Any]) -> None:
+        if measure == "train_time":
+            if "train_seconds" not in facts:
+                self.result(cell["id"], measure, "skipped", reason="nothing to train", facts=facts)
+                return
+            samples = {"seconds": [facts["train_seconds"]]}
+            self.result(cell["id"], measure, "ok", unit="s", samples=samples, facts=facts)
+            return
+        adapt, test = self._on_features(algorithm, self.tests[cell["id"]])
+        adapt = algorithm.initial if measure == "mse_before" else adapt
+        found = score_episodes(adapt, test, self.job["evaluation"]["episodes"], stopping=self.shop.stopping)
+        known = {**facts, "episodes_hash": found.episodes_hash}
+        if found.credit is not None:
+            name = hashlib.sha256(f"{cell['id']} {measure}".encode()).hexdigest()[:16]
+            known["predictions"] = found.credit.save(Path(self.job["predictions"]), name)
+        self.result(
+            cell["id"],
+            measure,
+            "diverged" if found.not_finite else "ok",
+            reason=f"{found.not_finite} predictions were not finite" if found.not_finite else "",
+            unit="fraction" if measure == "accuracy" else "squared error",
+            samples={"scores": found.scores, "episodes": found.ids},
+            facts=known,
+        )
+
+    def _on_features(
+        self, algorithm: Algorithm, test: TaskDistribution
+    ) -> tuple[Callable[..., Learner], TaskDistribution]:
+        """Where the method allows it, embed the test images once and run all episodes on the features."""
+        if not (isinstance(algorithm, FeatureMethod) and algorithm.cacheable and isinstance(test, ImageTasks)):
+            return algorithm.adapt, test
+        if self.features is None:
+            with torch.no_grad():
+                self.features = test.features(algorithm.embed)
+        return algorithm.adapt_features, test.over(self.features)
+
+    def _time(self, algorithm: Algorithm, cell: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        """The inner loop of one task, in evaluation mode; its cost does not depend on what was learned."""
+        episode = self.tests[cell["id"]].episodes(0, 1)
+        wait = torch.cuda.synchronize if self.job["device"] == "cuda" else lambda: None
+        with torch.no_grad():
+            seconds = timing.sample(lambda: algorithm.adapt(episode.support, seeds=episode.seeds), synchronise=wait)
+        self.result(cell["id"], "adapt_time", "ok", unit="s", samples={"seconds": seconds}, facts=facts)
+
+
+def build(job: Job, shop: Workshop, problem: Problem) -> Algorithm:
+    """A fresh algorithm with seeded initial parameters, on the job's device and in its precision."""
+    torch.manual_seed(philox_key("initialisation", job["seed"]) % 2**63)
+    algorithm: Algorithm = shop.load("algorithm", job["algorithm"]).build(problem, **job["params"])
+    for module in algorithm.modules():
+        if isinstance(module, Backbone):
+            module.bf16 = job["precision"] == "bf16"
+    return algorithm.to(job["device"])
+
+
+def backbone_name(algorithm: Algorithm) -> str:
+    """The backbone's registry name: what was built, not what was asked for (`auto`)."""
+    names = [module.name for module in algorithm.modules() if isinstance(module, Backbone)]
+    return names[0] if names else ""

@@ -1,0 +1,30 @@
+"""results.csv and episodes.csv: tidy text with a fixed order of columns, the same bytes for the same results."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from metabench.report.model import EPISODE_COLUMNS, RESULT_COLUMNS
+
+COUNTS = frozenset({"ways", "shots", "queries", "seed", "n", "train_steps", "tasks", "threads", "episode"})
+
+
+def results(rows: pd.DataFrame) -> str:
+    """results.csv: one line per cell and measure, RESULT_COLUMNS first and always, empty where there is no value."""
+    return _text(rows, RESULT_COLUMNS)
+
+
+def episodes(scores: pd.DataFrame) -> str:
+    """episodes.csv: one line per cell, measure and test episode."""
+    return _text(scores, EPISODE_COLUMNS)
+
+
+def _text(frame: pd.DataFrame, columns: tuple[str, ...]) -> str:
+    frame = frame.reindex(columns=list(columns))
+    whole = {name: frame[name].map(_whole) for name in columns if name in COUNTS}
+    return frame.assign(**whole).to_csv(index=False, lineterminator="\n")
+
+
+def _whole(value: object) -> str:
+    """A count without the decimal point pandas gives it beside empty cells."""
+    return "" if pd.isna(value) or value == "" else str(int(float(value)))  # type: ignore[call-overload, arg-type]

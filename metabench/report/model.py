@@ -1,0 +1,152 @@
+"""What goes into a report (RunData) and what every format renders (Table): plain frozen data, no formatting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pandas as pd
+
+from metabench.errors import StoreError
+from metabench.report.published import Published
+from metabench.stats import Interval
+
+RESULT_COLUMNS = (
+    "run", "suite", "cell", "algorithm", "params", "backbone", "dataset", "split", "ways", "shots", "queries",
+    "bn_mode", "device", "precision", "seed", "measure", "unit", "n", "value", "ci_low", "ci_high", "sd", "status",
+    "reason", "environment", "rotations", "norm", "selection", "train_spec", "train_steps", "tasks", "threads",
+    "kernel", "episodes_hash", "training", "code",
+)  # fmt: skip
+EPISODE_COLUMNS = ("cell", "seed", "measure", "episode", "hash", "score")
+CLASS_COLUMNS = ("cell", "seed", "measure", "class", "queries", "credit")
+CONTROLS = frozenset({"chance", "pixel-nn", "untrained", "oracle"})
+NEEDED = ("cell", "algorithm", "dataset", "measure", "status")
+
+Mark = Literal["", "best", "here"]
+Frame = pd.DataFrame | Iterable[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Everything a report reads, of one run or several together.
+
+    `rows` holds RESULT_COLUMNS, one row per cell and measure. `episodes` holds EPISODE_COLUMNS, one row per cell,
+    measure and test episode; `hash` is the episode's content hash, which pairs methods and seeds. `by_class` holds
+    CLASS_COLUMNS, per cell, measure and class the number of queries and the sum of their credit (1 for a right
+    answer). Without the last two the report has fewer columns. `controls` names the algorithms shown apart.
+    Make it with `RunData.of`.
+    """
+
+    rows: pd.DataFrame
+    episodes: pd.DataFrame
+    by_class: pd.DataFrame
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    controls: frozenset[str] = CONTROLS
+
+    @classmethod
+    def of(
+        cls,
+        rows: Frame,
+        episodes: Frame | None = None,
+        by_class: Frame | None = None,
+        *,
+        manifest: Mapping[str, Any] | None = None,
+        environment: Mapping[str, Any] | None = None,
+        controls: Iterable[str] = CONTROLS,
+    ) -> RunData:
+        """Build from frames or lists of dicts; absent columns become empty, the last of equal row keys wins.
+
+        Raises StoreError where a column is missing without which no row can be read.
+        """
+        return cls(
+            _latest(_frame(rows, RESULT_COLUMNS, NEEDED), ["cell", "measure"]),
+            _latest(_frame(episodes, EPISODE_COLUMNS, EPISODE_COLUMNS), ["cell", "measure", "episode", "hash"]),
+            _latest(_frame(by_class, CLASS_COLUMNS, CLASS_COLUMNS), ["cell", "measure", "class"]),
+            manifest or {},
+            environment or {},
+            frozenset(controls),
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method in one table; None wherever there is nothing to show.
+
+    `quality` is an interval over seeds (`seeds` >= 2) or over episodes; `difference` is to the table's reference on
+    the same episodes. `adapt_time` is in seconds per task, `train_time` in seconds. `mark` is "best" where the
+    intervals support it, "here" where they do so for these trainings only. `is_reference`: the row others differ
+    from. `status` is ok, or what became of the cells, with
+    `reason`; a row may be ok with some `failed_seeds`. `notes` are keys of the table's notes.
+    """
+
+    method: str
+    algorithm: str
+    status: str
+    reason: str = ""
+    seeds: int = 0
+    failed_seeds: int = 0
+    quality: Interval | None = None
+    by_class: Interval | None = None
+    difference: Interval | None = None
+    is_reference: bool = False
+    published: Published | None = None
+    deviations: tuple[str, ...] = ()
+    adapt_time: Interval | None = None
+    train_time: Interval | None = None
+    train_steps: int | None = None
+    mark: Mark = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows that may be ranked together: one bn_mode, or the controls. `verdict` says what the ranking supports."""
+
+    title: str
+    rows: tuple[Row, ...]
+    verdict: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One task: its protocol, its blocks of rows, and what has to be said below them.
+
+    `measure` is accuracy, mse, accuracy_at_K, or empty for a table of times only. `visible` is the smallest and the
+    largest of the differences to the reference that the rows' intervals would show with 80 % power. `details` are
+    further measures: (method, measure, value). `footer` are sentences that hold for the whole table.
+    """
+
+    title: str
+    measure: str
+    protocol: tuple[tuple[str, str], ...]
+    blocks: tuple[Block, ...]
+    reference: str | None = None
+    visible: tuple[float, float] | None = None
+    details: tuple[tuple[str, str, float], ...] = ()
+    notes: tuple[tuple[str, str], ...] = ()
+    footer: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """All rows, in the order shown."""
+        return tuple(row for block in self.blocks for row in block.rows)
+
+
+def _frame(given: Frame | None, columns: tuple[str, ...], needed: tuple[str, ...]) -> pd.DataFrame:
+    if given is None:
+        return pd.DataFrame(columns=list(columns))
+    frame = given if isinstance(given, pd.DataFrame) else pd.DataFrame(list(given))
+    if frame.empty:
+        return pd.DataFrame(columns=list(columns))
+    missing = [name for name in needed if name not in frame.columns]
+    if missing:
+        raise StoreError(
+            f"the results have no column {', '.join(map(repr, missing))}; rebuild them from the run's folder"
+        )
+    return frame.reindex(columns=list(columns)).reset_index(drop=True)
+
+
+def _latest(frame: pd.DataFrame, key: list[str]) -> pd.DataFrame:
+    return frame.drop_duplicates(key, keep="last").reset_index(drop=True)

@@ -1,0 +1,89 @@
+"""What the papers report: the packaged `data/published.csv`, one headline row per method and task."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published number.
+
+    `value` and `ci95` (half width) are fractions for accuracies and plain errors for mse. An empty `split` or
+    `bn_mode` and a `queries` of None mean that the source does not say. `verified`: read in the source or in a
+    second text quoting it; `headline`: the number a table shows for this method and task.
+    """
+
+    algorithm: str
+    dataset: str
+    split: str
+    ways: int | None
+    shots: int | None
+    queries: int | None
+    bn_mode: str
+    measure: str
+    value: float
+    ci95: float | None
+    source: str
+    protocol: str
+    verified: bool
+    headline: bool
+
+    def deviations(self, *, split: str, queries: int | None, bn_mode: str) -> tuple[str, ...]:
+        """What its protocol is known to do differently from a row of ours, in words; empty where nothing is known."""
+        said = []
+        if self.split and self.split != split:
+            said.append(f"{self.split} split")
+        if self.bn_mode and self.bn_mode != bn_mode:
+            said.append(self.bn_mode)
+        if self.queries is not None and self.queries != queries:
+            said.append("1 query" if self.queries == 1 else f"{self.queries} queries")
+        return tuple(said)
+
+
+def published(
+    algorithm: str, dataset: str, ways: int | None, shots: int | None, *, measure: str = "accuracy"
+) -> Published | None:
+    """The headline number of `algorithm` (its registry name) on this task, or None where none is known.
+
+    The paper's own number where there is one. Rows of `accuracy_at_K` carry no shots: pass None.
+    """
+    return _headlines().get((algorithm, dataset, ways, shots, measure))
+
+
+@cache
+def all_published() -> tuple[Published, ...]:
+    """Every row of the packaged file, in its order."""
+    text = resources.files("metabench").joinpath("data", "published.csv").read_text(encoding="utf-8")
+    return tuple(_row(record) for record in csv.DictReader(text.splitlines()))
+
+
+@cache
+def _headlines() -> dict[tuple[str, str, int | None, int | None, str], Published]:
+    return {(p.algorithm, p.dataset, p.ways, p.shots, p.measure): p for p in all_published() if p.headline}
+
+
+def _row(record: dict[str, str]) -> Published:
+    return Published(
+        algorithm=record["algorithm"],
+        dataset=record["dataset"],
+        split=record["split"],
+        ways=_count(record["ways"]),
+        shots=_count(record["shots"]),
+        queries=_count(record["queries"]),
+        bn_mode=record["bn_mode"],
+        measure=record["measure"],
+        value=float(record["value"]),
+        ci95=float(record["ci95"]) if record["ci95"] else None,
+        source=record["source"],
+        protocol=record["protocol"],
+        verified=record["verified"] == "yes",
+        headline=record["headline"] == "yes",
+    )
+
+
+def _count(text: str) -> int | None:
+    return int(text) if text else None

@@ -1,0 +1,191 @@
+"""Tables for the terminal: readable in 80 columns, with full intervals where there is room for them."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.text import Text
+
+from metabench.report import wording
+from metabench.report.model import Row, Table
+
+GAP = "  "
+NARROWEST_METHOD = 12
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: the two lines of its head and what it shows of a row."""
+
+    head: tuple[str, str]
+    cell: Callable[[Row], str]
+
+
+def show(tables: Sequence[Table], console: Console) -> None:
+    """Print the tables as wide as `console` is; colour and NO_COLOR are rich's business."""
+    for line in lines(tables, console.width):
+        console.print(line, no_wrap=True, overflow="ignore", crop=False)
+
+
+def render(tables: Sequence[Table], width: int = 80) -> str:
+    """The tables as plain text of at most `width` columns."""
+    return "\n".join(line.plain.rstrip() for line in lines(tables, width)) + "\n"
+
+
+def lines(tables: Sequence[Table], width: int) -> list[Text]:
+    """The tables as styled lines, followed by one legend for all."""
+    if not tables:
+        return [Text("No results.")]
+    out: list[Text] = []
+    for table in tables:
+        body = _body(table, width)
+        out += [*_head(table, width), *body, *_below(table, width), *_failures(table, body, width), Text("")]
+    return out + [line for text in wording.legend(list(tables)) for line in _wrapped(text, width, style="dim")]
+
+
+def _head(table: Table, width: int) -> list[Text]:
+    facts = " · ".join(f"{name} {value}" for name, value in table.protocol)
+    return [Text(table.title, style="bold cyan"), *_wrapped(facts, width, style="dim")]
+
+
+def _below(table: Table, width: int) -> list[Text]:
+    out: list[Text] = []
+    for letter, text in table.notes:
+        out += _wrapped(f"{letter}  {text}", width, indent=3)
+    for sentence in wording.sentences(table):
+        out += _wrapped(sentence, width)
+    other = {row.algorithm: ", ".join(row.deviations) for row in reversed(table.rows) if row.deviations}
+    if other:
+        said = "; ".join(f"{name}: {how}" for name, how in reversed(other.items()))
+        out += _wrapped(f"~ Published under another protocol. {said}.", width)
+    return out
+
+
+def _failures(table: Table, body: Sequence[Text], width: int) -> list[Text]:
+    """The reasons in full that the body had to cut."""
+    shown = "\n".join(line.plain for line in body)
+    out: list[Text] = []
+    for methods, status, reason in wording.failures(table):
+        if f"{status}: {reason}" not in shown:
+            style = "red" if status != "skipped" else ""
+            out += _wrapped(f"{methods} {status}: {reason}", width, indent=3, style=style)
+    return out
+
+
+def _body(table: Table, width: int) -> list[Text]:
+    columns = _fitting(table, width)
+    cells = {id(row): [column.cell(row) for column in columns] for row in table.rows}
+    widths = [
+        max(len(text) for text in (*column.head, *(cells[id(row)][i] for row in table.rows if row.status == "ok")))
+        for i, column in enumerate(columns)
+    ]
+    room = max(NARROWEST_METHOD, width - sum(widths) - len(GAP) * len(widths))
+    first = min(room, max(len("method"), *(len(_name(row)) for row in table.rows)))
+    total = first + sum(widths) + len(GAP) * len(widths)
+    heads = [[column.head[i] for column in columns] for i in (0, 1)]
+    out = [Text(_line("", heads[0], first, widths), style="bold")] if any(heads[0]) else []
+    out += [Text(_line("method", heads[1], first, widths), style="bold"), Text("─" * total, style="dim")]
+    for block in table.blocks:
+        if len(table.blocks) > 1:
+            out.append(Text(block.title, style="italic"))
+        for row in block.rows:
+            out += _row(row, cells[id(row)], first, widths, total, dim=block.title == "controls")
+    return [*out, Text("─" * total, style="dim")]
+
+
+def _row(row: Row, cells: list[str], first: int, widths: list[int], total: int, *, dim: bool) -> list[Text]:
+    if row.status != "ok":
+        text = f"{_name(row):<{first}}{GAP}{row.status}: {row.reason.splitlines()[0] if row.reason else ''}"
+        return [Text(_cut(text, total), style="red" if row.status != "skipped" else "dim")]
+    style = "bold" if row.mark else "dim" if dim else ""
+    names = textwrap.wrap(_name(row), first, subsequent_indent=" ", break_on_hyphens=False) or [""]
+    rest = [Text(name, style=style) for name in names[1:]]
+    return [Text(_line(names[0], cells, first, widths), style=style), *rest]
+
+
+def _line(name: str, cells: Sequence[str], first: int, widths: Sequence[int]) -> str:
+    return GAP.join([f"{name:<{first}}", *(f"{cell:>{size}}" for cell, size in zip(cells, widths, strict=True))])
+
+
+def _name(row: Row) -> str:
+    return f"{row.method} {','.join(row.notes)}".rstrip() if row.notes else row.method
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _wrapped(text: str, width: int, *, indent: int = 0, style: str = "") -> list[Text]:
+    pieces = textwrap.wrap(text, width, subsequent_indent=" " * indent, break_long_words=True, break_on_hyphens=False)
+    return [Text(piece, style=style) for piece in pieces]
+
+
+def _fitting(table: Table, width: int) -> list[Column]:
+    """The wide columns where they leave room for the longest method, else the narrow ones; never an empty one."""
+    longest = max(len(_name(row)) for row in table.rows)
+    wide = _filled(table, _wide(table))
+    taken = sum(
+        len(GAP) + max(len(text) for text in (*c.head, *(c.cell(row) for row in table.rows if row.status == "ok")))
+        for c in wide
+    )
+    return wide if longest + taken <= width else _filled(table, _narrow(table))
+
+
+def _filled(table: Table, columns: list[Column]) -> list[Column]:
+    return [c for c in columns if any(c.cell(row) for row in table.rows if row.status == "ok")]
+
+
+def _narrow(table: Table) -> list[Column]:
+    m = table.measure
+    return [
+        _quality(m),
+        Column(
+            ("± over", "seeds") if wording.over(table) == "seeds" else ("± one", "seed"),
+            lambda row: wording.half(row.quality, m),
+        ),
+        Column(("± by", "class"), lambda row: wording.half(row.by_class, m)),
+        Column(("difference", f"to {_cut(table.reference or '', 14)}"), lambda row: _gap(row, m, wide=False)),
+        Column(("paper", wording.unit(m)), wording.paper),
+        *_costs(),
+    ]
+
+
+def _wide(table: Table) -> list[Column]:
+    m = table.measure
+    return [
+        _quality(m),
+        Column(("95 % over", wording.over(table)), lambda row: wording.bounds(row.quality, m)),
+        Column(("95 % by", "class"), lambda row: wording.bounds(row.by_class, m)),
+        Column(("difference", f"to {table.reference}"), lambda row: _gap(row, m, wide=True)),
+        Column(("paper", wording.unit(m)), wording.paper),
+        *_costs(),
+        Column(("training", "steps"), lambda row: f"{row.train_steps}" if row.train_steps else ""),
+        Column(("", "seeds"), lambda row: f"{row.seeds}" if row.quality else ""),
+    ]
+
+
+def _quality(measure: str) -> Column:
+    def cell(row: Row) -> str:
+        return wording.score(row.quality.value, measure) + (wording.MARKS[row.mark] or " ") if row.quality else ""
+
+    return Column((wording.name(measure) if len(measure) < 12 else "accuracy", wording.unit(measure)), cell)
+
+
+def _costs() -> list[Column]:
+    return [
+        Column(("adapt", "/task"), lambda row: wording.duration(row.adapt_time.value if row.adapt_time else None)),
+        Column(("train", "time"), lambda row: wording.duration(row.train_time.value if row.train_time else None, 2)),
+    ]
+
+
+def _gap(row: Row, measure: str, *, wide: bool) -> str:
+    if row.difference is None:
+        return "reference" if row.is_reference else ""
+    value = wording.signed(row.difference.value, measure)
+    if wide:
+        return f"{value} {wording.bounds(row.difference, measure)}".rstrip()
+    margin = wording.half(row.difference, measure)
+    return f"{value} ±{margin}" if margin else value

@@ -1,0 +1,484 @@
+"""The parent: plans a suite's rows, has a worker process do what is pending, makes each result durable at once.
+
+Never imports torch. The worker may die at any moment: its rows become `failed` with the reason, and the next job gets
+a fresh worker. The parent may die at any moment: the worker notices and stops, and the next run computes only what
+is missing, trainings going on from their checkpoints.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import metabench
+from metabench import environment
+from metabench.catalogue import Catalogue
+from metabench.cells import Cell, matches, unsupported
+from metabench.errors import ConfigError, Interrupted, WorkerError
+from metabench.store import FINAL, Key, Measurement, Run
+from metabench.suite import Suite
+
+PACKAGE = Path(metabench.__file__).parent
+TIMED = frozenset({"adapt_time"})  # measured last, in jobs of their own: nothing else of ours runs then
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row to be: a cell, a measure, and the hash of all that determines the number."""
+
+    cell: Cell
+    measure: str
+    hash: str
+
+    @property
+    def key(self) -> Key:
+        """The row's key in the store."""
+        return self.cell.id, self.measure
+
+
+class Watch(Protocol):
+    """Is told what happens during a run; the runner itself never formats."""
+
+    def begin(self, run: Run, rows: int, done: int) -> None:
+        """The run starts: `done` of `rows` rows need no work."""
+
+    def job(self, title: str, number: int, jobs: int) -> None:
+        """A job starts (a training with its cells, or a timing)."""
+
+    def progress(self, step: int, steps: int, metrics: Mapping[str, float]) -> None:
+        """A training is at `step` of `steps`."""
+
+    def row(self, row: Measurement) -> None:
+        """A row is finished and durable."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to: its folder, the rows asked for, and those of them that are not ok or skipped."""
+
+    run: Run
+    rows: int
+    bad: tuple[Measurement, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """0 good, 3 a cell failed or nothing ran."""
+        return 3 if self.bad or self.rows == 0 else 0
+
+
+def override(suite: Suite, *, seeds: Sequence[int] | None = None, device: str | None = None) -> Suite:
+    """The suite with every cell on these seeds, or on this device, instead of its own."""
+    cells = suite.cells()
+    if device is not None:
+        cells = tuple(replace(cell, device=device) for cell in cells)
+    if seeds is not None:
+        cells = tuple(replace(cell, seed=seed) for cell in cells for seed in seeds)
+    return replace(suite, points=tuple(dict.fromkeys(cells)))
+
+
+def plan(suite: Suite) -> tuple[Row, ...]:
+    """Every row of the suite."""
+    rows = []
+    for cell in suite.cells():
+        sources = _sources(suite.catalogue, cell)
+        rows += [Row(cell, m, _row_hash(cell, m, suite, sources)) for m in cell.measures(suite.measures)]
+    return tuple(rows)
+
+
+def run(
+    suite: Suite,
+    *,
+    out: Path,
+    watch: Watch,
+    select: str = "",
+    device: str | None = None,
+    seeds: Sequence[int] | None = None,
+    resume: bool = True,
+    extend: Path | None = None,
+) -> Outcome:
+    """Run what is pending of the suite, in the newest run of it under `out` (or `extend`, or a new one).
+
+    Raises:
+        StoreError: the output folder cannot be written, or is being written by another process.
+        ConfigError: `device` cuda on a machine without it.
+        Interrupted: Ctrl-C or SIGTERM; all finished rows and the training's checkpoint are kept.
+    """
+    asked = override(suite, seeds=seeds, device=device)
+    rows = plan(asked)
+    chosen = select_rows(rows, select)
+    folder = Run.open(extend) if extend else (Run.newest(out, suite.name) if resume else None)
+    manifest = _manifest(asked, rows, keep=folder if seeds or device or extend else None)
+    folder = folder or Run.create(out, suite.name, manifest)
+    with folder.writing():
+        done = folder.measurements()
+        _tell_stale(chosen, done, watch)
+        folder.manifest = {**folder.manifest, **manifest}
+        folder.save_manifest()
+        left = [row for row in chosen if not is_done(row, done)]
+        watch.begin(folder, len(chosen), len(chosen) - len(left))
+        if left:
+            _Execution(asked, folder, watch, insist=device).execute(left)
+    finished = folder.measurements()
+    bad = [finished[row.key] for row in chosen if not is_done(row, finished) and row.key in finished]
+    return Outcome(folder, len(chosen), tuple(bad))
+
+
+def select_rows(rows: Iterable[Row], words: str) -> list[Row]:
+    """The rows whose 'cell.id/measure' holds every word (-k)."""
+    return [row for row in rows if matches(f"{row.cell.id}/{row.measure}", words)]
+
+
+def is_done(row: Row, done: Mapping[Key, Measurement]) -> bool:
+    """Whether the row needs no work: a final status, made by what its hash covers."""
+    found = done.get(row.key)
+    return found is not None and found.status in FINAL and found.hash == row.hash
+
+
+def _tell_stale(rows: Iterable[Row], done: Mapping[Key, Measurement], watch: Watch) -> None:
+    stale = [row for row in rows if row.key in done and done[row.key].hash != row.hash]
+    if stale:
+        names = ", ".join(sorted({row.cell.algorithm for row in stale}))
+        watch.note(f"{len(stale)} rows are measured again: their code, protocol or torch changed ({names})")
+
+
+# --- what determines a number -----------------------------------------------------------------------------------
+
+
+def _row_hash(cell: Cell, measure: str, suite: Suite, sources: str) -> str:
+    protocol = asdict(suite.evaluation) if measure not in TIMED else {}
+    what = [cell.id, cell.resolved, measure, protocol, sources, importlib.metadata.version("torch")]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _sources(known: Catalogue, cell: Cell) -> str:
+    return source_hash((known.algorithm(cell.algorithm).file, known.dataset(cell.dataset).file, PACKAGE / "measure.py"))
+
+
+@functools.cache
+def source_hash(files: tuple[Path, ...]) -> str:
+    """A hash over these source files and every module of metabench that they import, however far."""
+    seen: set[Path] = set()
+    todo = list(files)
+    while todo:
+        file = todo.pop()
+        if file not in seen:
+            seen.add(file)
+            todo.extend(_imports(file))
+    digest = hashlib.sha256()
+    for file in sorted(seen, key=lambda f: f.name):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes().replace(b"\r\n", b"\n") + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def _imports(file: Path) -> Iterator[Path]:
+    """The files of metabench's modules that a source file imports by name."""
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            first, *rest = name.split(".")
+            candidate = PACKAGE.joinpath(*rest).with_suffix(".py") if rest else PACKAGE / "__init__.py"
+            if first == "metabench" and rest and candidate.is_file():
+                yield candidate
+
+
+# --- what is written about a run --------------------------------------------------------------------------------
+
+
+def _manifest(suite: Suite, rows: Sequence[Row], keep: Run | None) -> dict[str, Any]:
+    """The run's description; with `keep`, rows of that run that the new plan does not name stay."""
+    cells = {row.cell.id: coordinates(row.cell, suite) for row in rows}
+    listed = [{"cell": row.cell.id, "measure": row.measure, "hash": row.hash} for row in rows]
+    if keep is not None:
+        named = {row.key for row in rows}
+        old = [r for r in keep.manifest["rows"] if (r["cell"], r["measure"]) not in named]
+        listed = old + listed
+        cells = {**{r["cell"]: keep.manifest["cells"][r["cell"]] for r in old}, **cells}
+    return {
+        "suite": suite.name,
+        "description": suite.description,
+        "reference": suite.reference,
+        "evaluation": asdict(suite.evaluation),
+        "resolved": suite.resolved(),
+        "hash": hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:12],
+        "metabench": metabench.__version__,
+        "argv": ["metabench", *sys.argv[1:]],
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "controls": sorted(name for name, plugin in suite.catalogue.algorithms.items() if plugin.meta["control"]),
+        "cells": cells,
+        "rows": listed,
+    }
+
+
+def coordinates(cell: Cell, suite: Suite) -> dict[str, Any]:
+    """The columns of results.csv that are known before anything runs."""
+    return {
+        "cell": cell.id,
+        "algorithm": cell.algorithm,
+        "params": json.dumps(dict(cell.resolved), sort_keys=True),
+        "dataset": cell.dataset,
+        "split": cell.split,
+        "ways": cell.ways,
+        "shots": cell.shots,
+        "queries": cell.queries,
+        "bn_mode": cell.bn_mode,
+        "device": cell.device,
+        "precision": cell.precision,
+        "seed": cell.seed,
+        "rotations": cell.rotations,
+        "norm": cell.norm,
+        "selection": suite.evaluation.selection if cell.train else "",
+        "train_spec": cell.train.text if cell.train else "",
+        "training": cell.training_id if cell.train else "",
+    }
+
+
+# --- doing it ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Rows that share one training (mode train), or that are timed together (mode time)."""
+
+    mode: str
+    rows: tuple[Row, ...]
+
+    @property
+    def title(self) -> str:
+        algorithm, data = self.rows[0].cell.id.split("/")[:2]
+        return f"{'training' if self.rows[0].cell.train else 'measuring'} {algorithm} on {data}"
+
+    def message(self, number: int, suite: Suite, folder: Run, digest: str) -> dict[str, Any]:
+        """The job as the plain data a worker understands (see measure.py)."""
+        cell = self.rows[0].cell
+        measures: dict[str, list[str]] = {}
+        for row in self.rows:
+            measures.setdefault(row.cell.id, []).append(row.measure)
+        shapes = {row.cell.id: row.cell for row in self.rows}
+        name = hashlib.sha256(f"{cell.training_id} {digest}".encode()).hexdigest()[:16]
+        return {
+            "kind": "job",
+            "id": number,
+            "mode": self.mode,
+            "algorithm": cell.algorithm,
+            "params": dict(cell.resolved),
+            "dataset": cell.dataset,
+            "data_params": {**dict(cell.data_params), "split": cell.split},
+            "rotations": cell.rotations,
+            "train": asdict(cell.train) if cell.train else None,
+            "precision": cell.precision,
+            "device": cell.device,
+            "seed": cell.seed,
+            "evaluation": asdict(suite.evaluation),
+            "cells": [
+                {"id": key, "ways": c.ways, "shots": c.shots, "queries": c.queries, "measures": measures[key]}
+                for key, c in shapes.items()
+            ],
+            "checkpoint": str(folder.path / "checkpoints" / f"{name}.pt"),
+            "predictions": str(folder.path / "predictions"),
+        }
+
+
+def _jobs(rows: Iterable[Row]) -> list[_Job]:
+    """Trainings in the suite's order, each with all its rows; then the timings."""
+    groups: dict[tuple[bool, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.measure in TIMED, row.cell.training_id), []).append(row)
+    jobs = [_Job("time" if timed else "train", tuple(members)) for (timed, _), members in groups.items()]
+    return sorted(jobs, key=lambda job: job.mode == "time")
+
+
+class _Execution:
+    """One run's work: keeps a worker alive, feeds it jobs, stores what comes back."""
+
+    def __init__(self, suite: Suite, folder: Run, watch: Watch, *, insist: str | None) -> None:
+        self.suite, self.folder, self.watch, self.insist = suite, folder, watch, insist
+        self.worker: Worker | None = None
+        self.environment = ""
+        self.cuda = False
+
+    def execute(self, rows: Sequence[Row]) -> None:
+        try:
+            self._hire()
+            if self.insist == "cuda" and not self.cuda:
+                raise ConfigError("--device cuda: this machine has no CUDA device that torch can use; drop --device")
+            possible = [row for row in rows if not self._skip(row)]
+            jobs = _jobs(possible)
+            trainings = sum(job.mode == "train" for job in jobs)
+            for number, job in enumerate(jobs, 1):
+                if job.mode == "train":
+                    self.watch.job(job.title, number, trainings)
+                self._do(job, number)
+        except KeyboardInterrupt:
+            self.watch.note("stopping: the training's checkpoint is being written (Ctrl-C again to give it up)")
+            if self.worker:
+                self.worker.stop()
+            raise Interrupted("interrupted; finished rows are kept, the same command goes on from here") from None
+        finally:
+            if self.worker:
+                self.worker.close()
+
+    def _hire(self) -> Worker:
+        """A live worker; the first one tells what machine this is."""
+        if self.worker is None:
+            self.worker = Worker(self.suite.threads, self.suite.plugins, self.folder.path / "worker.log")
+            hello = self.worker.hello()
+            self.cuda = bool(hello["cuda"])
+            facts = environment.stable({k: hello[k] for k in ("torch", "gpu", "threads")})
+            self.environment = environment.name(facts)
+            self.folder.add_environment(self.environment, {**facts, "readings": environment.volatile()})
+        return self.worker
+
+    def _skip(self, row: Row) -> bool:
+        """Store rows that cannot run here or at all, with the reason."""
+        reason = unsupported(row.cell, self.suite.catalogue)
+        if reason is None and row.cell.device == "cuda" and not self.cuda:
+            reason = "no CUDA device on this machine"
+        if reason is None:
+            return False
+        final = row.cell.device != "cuda" or self.cuda
+        self._store(row, {"status": "skipped", "reason": reason}, digest=row.hash if final else "no-cuda")
+        return True
+
+    def _do(self, job: _Job, number: int) -> None:
+        left = {row.key: row for row in job.rows}
+        message = job.message(number, self.suite, self.folder, _sources(self.suite.catalogue, job.rows[0].cell))
+        try:
+            worker = self._hire()
+            worker.send(message)
+            for heard in worker.messages():
+                if heard["kind"] == "progress":
+                    self.watch.progress(heard["step"], heard["steps"], heard["metrics"])
+                elif heard["kind"] == "result":
+                    self._store(left.pop((heard["cell"], heard["measure"])), heard)
+                elif heard["kind"] == "log":
+                    worker.log(heard["text"])
+                elif heard["kind"] == "done":
+                    break
+        except WorkerError as error:
+            self.worker = None
+            for row in left.values():
+                self._store(row, {"status": "failed", "reason": str(error)})
+        if job.mode == "train" and not left:
+            Path(message["checkpoint"]).unlink(missing_ok=True)
+
+    def _store(self, row: Row, heard: Mapping[str, Any], *, digest: str | None = None) -> None:
+        samples = heard.get("samples")
+        measurement = Measurement(
+            cell=row.cell.id,
+            measure=row.measure,
+            status=heard["status"],
+            reason=heard.get("reason", ""),
+            unit=heard.get("unit", ""),
+            hash=digest or row.hash,
+            environment=self.environment,
+            at=datetime.now(UTC).isoformat(timespec="seconds"),
+            facts=heard.get("facts", {}),
+            **(_summary(samples) if samples else {}),
+        )
+        self.watch.row(self.folder.append(measurement, samples))
+
+
+def _summary(samples: Mapping[str, Any]) -> dict[str, Any]:
+    """n, value, interval and sd: over episodes for scores; for times the median, n counts processes."""
+    from metabench import stats
+
+    if "seconds" in samples:
+        return {"n": 1, "value": statistics.median(samples["seconds"])}
+    found = stats.mean_interval(samples["scores"])
+    return {"n": found.n, "value": found.value, "ci_low": found.low, "ci_high": found.high, "sd": found.sd}
+
+
+class Worker:
+    """The worker process as its parent sees it."""
+
+    def __init__(self, threads: int | None, plugins: Sequence[Path], log: Path) -> None:
+        variables = environment.worker_environment(threads)
+        variables["METABENCH_PLUGINS"] = json.dumps([str(p) for p in plugins])
+        self._log = log.open("a", encoding="utf-8")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "metabench.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=variables,
+            text=True,
+            encoding="utf-8",
+            start_new_session=True,  # Ctrl-C reaches the parent alone, which then asks for a stop
+        )
+
+    def hello(self) -> dict[str, Any]:
+        """The worker's first message: torch, devices, threads."""
+        return next(self.messages())
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send one message."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise WorkerError(self._death()) from None
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """What the worker says, until it dies.
+
+        Raises:
+            WorkerError: it died; the message says how.
+        """
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            yield json.loads(line)
+        raise WorkerError(self._death())
+
+    def log(self, text: str) -> None:
+        """Keep a text beside what the worker printed."""
+        self._log.write(text + "\n")
+        self._log.flush()
+
+    def stop(self) -> None:
+        """Ask for a stop, and wait until the worker has saved its checkpoint."""
+        with contextlib.suppress(WorkerError):
+            self.send({"kind": "stop"})
+        assert self._process.stdout is not None
+        with contextlib.suppress(KeyboardInterrupt):
+            for _ in self._process.stdout:  # a full pipe must not keep it from ending
+                pass
+
+    def close(self) -> None:
+        """End the worker at once, whatever it does."""
+        with contextlib.suppress(OSError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._log):
+            with contextlib.suppress(OSError):
+                if stream:
+                    stream.close()
+
+    def _death(self) -> str:
+        code = self._process.wait()
+        if code == -signal.SIGKILL:
+            return "the worker was killed (signal 9): often the machine ran out of memory; see worker.log"
+        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+        return f"the worker ended {how}; its last words are in worker.log"

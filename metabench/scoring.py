@@ -1,0 +1,120 @@
+"""Scoring adapted learners on fixed episodes: what a prediction is worth, per query and per episode."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metabench.algorithms.base import Learner
+from metabench.episodes import Batch, Episode, TaskDistribution
+
+IMAGES_PER_CALL = 3000  # about this many inputs per call: fits the memory, fills the cores
+
+
+class Stopped(Exception):
+    """The parent asked for a stop; what can be kept is on disk."""
+
+
+@dataclass(frozen=True)
+class Credit:
+    """What each query was answered, (E, m) uint8 arrays, and the classes (E, ways) behind the labels.
+
+    `ties` is 0 for a wrong answer, else the number of tied maxima among which the label was: it scores 1/ties.
+    """
+
+    predicted: np.ndarray
+    ties: np.ndarray
+    labels: np.ndarray
+    classes: np.ndarray
+
+    @classmethod
+    def joined(cls, parts: list[Credit]) -> Credit:
+        """The parts one after another."""
+        return cls(*(np.concatenate([getattr(p, name) for p in parts]) for name in cls.__dataclass_fields__))
+
+    def save(self, folder: Path, name: str) -> str:
+        """Write as `<name>.npz` in one move; returns the file's name."""
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{name}.npz"
+        temporary = folder / f".{name}.{os.getpid()}.npz"
+        np.savez_compressed(temporary, **vars(self))
+        temporary.replace(file)
+        return file.name
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One score per episode (accuracy, or mean squared error), the episodes' hashes, and each query's credit."""
+
+    scores: list[float]
+    ids: list[str]
+    credit: Credit | None
+    not_finite: int
+
+    @property
+    def episodes_hash(self) -> str:
+        """One hash over all episodes: equal hashes mean identical test episodes."""
+        return hashlib.sha256("".join(self.ids).encode()).hexdigest()[:12]
+
+
+def score_episodes(
+    adapt: Callable[..., Learner],
+    test: TaskDistribution,
+    count: int,
+    *,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Scores:
+    """Adapt to and score episodes 0 .. count-1, many tasks a call; a score does not depend on how many.
+
+    `adapt(support, seeds=)` is an algorithm's `adapt` or `initial`, or `adapt_features` where `test` holds features.
+
+    Raises:
+        Stopped: `stopping()` became true.
+    """
+    probe = test.episodes(0, 1)
+    at_once = max(1, IMAGES_PER_CALL // (probe.support.x.shape[1] + probe.query.x.shape[1]))
+    scores: list[np.ndarray] = []
+    ids: list[str] = []
+    credits: list[Credit] = []
+    not_finite = 0
+    for start in range(0, count, at_once):
+        if stopping():
+            raise Stopped
+        episode = test.episodes(start, min(at_once, count - start))
+        with torch.no_grad():
+            output = adapt(episode.support, seeds=episode.seeds)(episode.query.x)
+        not_finite += int((~torch.isfinite(output)).any(-1).sum())
+        if episode.query.ways is None:
+            scores.append((output - episode.query.y).square().mean((1, 2)).double().cpu().numpy())
+        else:
+            credit = _credit(output, episode)
+            credits.append(credit)
+            scores.append(np.where(credit.ties > 0, 1.0 / np.maximum(credit.ties, 1), 0.0).mean(1))
+        ids.extend(episode.ids)
+    # a score that JSON cannot hold (an overflow of the squared error) is already counted as not finite
+    values = np.nan_to_num(np.concatenate(scores), nan=0.0, posinf=0.0, neginf=0.0)
+    return Scores([float(v) for v in values], ids, Credit.joined(credits) if credits else None, not_finite)
+
+
+def _credit(logits: Tensor, episode: Episode) -> Credit:
+    """logits (T, m, ways) against the labels: a tie among k maxima scores 1/k, a non-finite row is wrong."""
+    query: Batch = episode.query
+    finite = torch.isfinite(logits).all(-1)
+    top = logits.max(-1, keepdim=True)
+    tied = logits == top.values
+    hit = tied.gather(-1, query.y[..., None])[..., 0] & finite
+    ties = torch.where(hit, tied.sum(-1), 0)
+    classes = episode.classes if episode.classes is not None else np.zeros((query.tasks, query.ways or 0))
+    return Credit(
+        predicted=top.indices[..., 0].cpu().numpy().astype(np.uint8),
+        ties=ties.cpu().numpy().astype(np.uint8),
+        labels=query.y.cpu().numpy().astype(np.uint8),
+        classes=classes.astype(np.int32),
+    )

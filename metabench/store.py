@@ -1,0 +1,293 @@
+"""A run on disk: append-only lines that a kill cannot lose, read back as rows.
+
+`samples.jsonl` takes the raw samples, then `measurements.jsonl` the summary with a pointer to them; each line is
+flushed to the disk before the next is begun. A torn last line (a kill while writing) is cut off on the next
+append and ignored on reading. Everything else in the folder is derived or moved into place when complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from metabench.errors import StoreError
+
+SCHEMA_VERSION = 1
+Status = Literal["ok", "skipped", "failed", "timeout", "diverged"]
+FINAL: frozenset[str] = frozenset({"ok", "skipped"})  # the others are pending again on the next run
+Key = tuple[str, str]  # (cell id, measure)
+
+COLUMNS = (
+    "run suite cell algorithm params backbone dataset split ways shots queries bn_mode device precision seed measure "
+    "unit n value ci_low ci_high sd status reason environment "
+    "rotations norm selection train_spec train_steps tasks threads kernel episodes_hash training code"
+).split()
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One finished row: a summary with a pointer into the raw samples, or a status with its reason.
+
+    `hash` covers all that determines the number; `facts` is what only the worker knew (backbone, steps, threads).
+    """
+
+    cell: str
+    measure: str
+    status: Status
+    reason: str = ""
+    unit: str = ""
+    n: int | None = None
+    value: float | None = None
+    ci_low: float | None = None
+    ci_high: float | None = None
+    sd: float | None = None
+    hash: str = ""
+    environment: str = ""
+    at: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    samples: int | None = None  # byte offset of its line in samples.jsonl
+
+    @property
+    def key(self) -> Key:
+        """What identifies the row in a run."""
+        return self.cell, self.measure
+
+
+class Run:
+    """A run's folder. `Run.open` reads; `writing` adds the right to append (one process at a time)."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path, self.manifest = path, manifest
+
+    @classmethod
+    def create(cls, out: Path, suite: str, manifest: Mapping[str, Any]) -> Run:
+        """A new folder `<out>/<suite>/<UTC stamp>-<short id>` with its manifest, and `latest` pointing at it.
+
+        Raises:
+            StoreError: the folder cannot be made.
+        """
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+        path = out / suite / f"{stamp}-{secrets.token_hex(3)}"
+        with _disk(path):
+            path.mkdir(parents=True)
+            run = cls(path, {"schema_version": SCHEMA_VERSION, **manifest})
+            run.save_manifest()
+            latest = path.parent / "latest"
+            temporary = path.parent / f".latest-{path.name}"
+            temporary.symlink_to(path.name)
+            temporary.replace(latest)
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """An existing run.
+
+        Raises:
+            StoreError: no manifest there, a damaged one, or one of another schema.
+        """
+        file = path / "manifest.json"
+        if not file.is_file():
+            raise StoreError(f"{path}: not a run folder (no manifest.json); runs look like results/runs/SUITE/latest")
+        try:
+            manifest = json.loads(file.read_text(encoding="utf-8"))
+            version = manifest["schema_version"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{file}: cannot be read as a run's manifest ({error}); the run is damaged") from error
+        if version != SCHEMA_VERSION:
+            raise StoreError(
+                f"{path}: a run of schema {version}, this metabench reads schema {SCHEMA_VERSION}; "
+                "use the metabench version that made it, or run the suite again"
+            )
+        return cls(path.resolve(), manifest)
+
+    @classmethod
+    def newest(cls, out: Path, suite: str) -> Run | None:
+        """The newest run of `suite` under `out` that this version can read, or None."""
+        stamped = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{6}")
+        folder = out / suite
+        names = sorted((p.name for p in folder.iterdir() if stamped.fullmatch(p.name)), reverse=True) if folder.is_dir() else []
+        for name in names:
+            with contextlib.suppress(StoreError):
+                return cls.open(folder / name)
+        return None
+
+    @property
+    def name(self) -> str:
+        """The run's own name, its folder's."""
+        return self.path.name
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the run's lock; cut off lines that a kill left torn.
+
+        Raises:
+            StoreError: another process is writing this run, or the folder cannot be written.
+        """
+        with _disk(self.path), (self.path / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise StoreError(f"{self.path}: another metabench is writing this run; wait for it or stop it") from error
+            for name in ("samples.jsonl", "measurements.jsonl"):
+                _cut_torn_line(self.path / name)
+            yield
+
+    def append(self, measurement: Measurement, samples: Mapping[str, Any] | None = None) -> Measurement:
+        """Make a measurement durable, its raw samples first. Returns it with its pointer.
+
+        Raises:
+            StoreError: the disk is full or the folder cannot be written.
+        """
+        record = asdict(measurement)
+        with _disk(self.path):
+            if samples is not None:
+                line = {"cell": measurement.cell, "measure": measurement.measure, **samples}
+                record["samples"] = _append_line(self.path / "samples.jsonl", line)
+            _append_line(self.path / "measurements.jsonl", record)
+        return Measurement(**record)
+
+    def measurements(self) -> dict[Key, Measurement]:
+        """The last measurement of every key, whatever its status or hash."""
+        found = {}
+        for record in _lines(self.path / "measurements.jsonl"):
+            measurement = Measurement(**record)
+            found[measurement.key] = measurement
+        return found
+
+    def samples(self, measurement: Measurement) -> dict[str, Any]:
+        """The raw samples of a measurement (empty when it has none)."""
+        if measurement.samples is None:
+            return {}
+        with (self.path / "samples.jsonl").open("rb") as file:
+            file.seek(measurement.samples)
+            line: dict[str, Any] = json.loads(file.readline())
+        return line
+
+    def current(self) -> dict[Key, Measurement]:
+        """The valid measurement of each of the manifest's rows: the last one whose hash is the row's."""
+        last = self.measurements()
+        rows = {(row["cell"], row["measure"]): row["hash"] for row in self.manifest["rows"]}
+        return {key: last[key] for key, digest in rows.items() if key in last and last[key].hash == digest}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of results.csv, in the manifest's order; a row that was never measured is missing."""
+        current = self.current()
+        cells = self.manifest["cells"]
+        return [
+            _row(self, cells[row["cell"]], current[row["cell"], row["measure"]])
+            for row in self.manifest["rows"]
+            if (row["cell"], row["measure"]) in current
+        ]
+
+    def save_manifest(self) -> None:
+        """Write manifest.json in one move."""
+        self.write("manifest.json", json.dumps(self.manifest, indent=1, ensure_ascii=False) + "\n")
+
+    def write(self, name: str, text: str) -> Path:
+        """Write a derived file in one move, never half of it.
+
+        Raises:
+            StoreError: the disk is full or the folder cannot be written.
+        """
+        target = self.path / name
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        with _disk(self.path):
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(target)
+        return target
+
+    def environments(self) -> dict[str, Any]:
+        """The machines that made this run's rows, by id."""
+        file = self.path / "environment.json"
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return found
+
+    def add_environment(self, name: str, fingerprint: Mapping[str, Any]) -> None:
+        """Remember the machine `name`; rows point at it."""
+        known = self.environments()
+        known[name] = {**known.get(name, {}), **fingerprint}
+        self.write("environment.json", json.dumps(known, indent=1, ensure_ascii=False) + "\n")
+
+
+def pending(keys: Iterable[tuple[Key, str]], done: Mapping[Key, Measurement]) -> list[Key]:
+    """The (key, hash) pairs that still need work: absent, not final, or made by something else than `hash`."""
+    return [
+        key for key, digest in keys if key not in done or done[key].status not in FINAL or done[key].hash != digest
+    ]
+
+
+def _row(run: Run, cell: Mapping[str, Any], m: Measurement) -> dict[str, Any]:
+    known = {
+        "run": run.name,
+        "suite": run.manifest["suite"],
+        **cell,
+        **m.facts,
+        "kernel": m.measure.rpartition("_")[0] if m.measure.startswith(("adapt_", "predict_", "embed_")) else "",
+        "code": m.hash,
+        **{k: getattr(m, k) for k in ("cell", "measure", "unit", "n", "value", "ci_low", "ci_high", "sd")},
+        **{k: getattr(m, k) for k in ("status", "reason", "environment")},
+    }
+    return {column: known.get(column) for column in COLUMNS}
+
+
+@contextlib.contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """Turn the disk's refusals into one clear message."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"{path}: cannot write here ({error.strerror or error}); free space or choose another folder with --out. "
+            "Rows already measured are kept"
+        ) from error
+
+
+def _append_line(file: Path, record: Mapping[str, Any]) -> int:
+    data = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    with file.open("ab") as handle:
+        offset = handle.seek(0, os.SEEK_END)
+        try:
+            _write_all(handle, data)
+        except OSError:
+            handle.truncate(offset)  # a full disk must not leave half a line
+            raise
+    return offset
+
+
+def _write_all(handle: IO[bytes], data: bytes) -> None:
+    handle.write(data)
+    handle.flush()
+    os.fsync(handle.fileno())
+
+
+def _cut_torn_line(file: Path) -> None:
+    if not file.exists():
+        return
+    data = file.read_bytes()
+    if data and not data.endswith(b"\n"):
+        os.truncate(file, data.rfind(b"\n") + 1)
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    if not file.exists():
+        return
+    with file.open("rb") as handle:
+        for number, line in enumerate(handle, 1):
+            if not line.endswith(b"\n"):
+                return  # torn by a kill: the row was never finished
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise StoreError(f"{file}:{number}: damaged line ({error}); delete that line to go on") from error
+            yield record
+
+

@@ -1,0 +1,339 @@
+"""Suites: declared experiments. A suite file and the catalogue make a Suite: cells, and how to measure them.
+
+A suite is read strictly: every mistake in it is reported at once, each with file, line and, where a name is unknown,
+the nearest one that is known. Nothing here runs or imports an algorithm.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from metabench.catalogue import NAME, Catalogue, Plugin, Value, catalogue
+from metabench.cells import (
+    Cell,
+    Task,
+    TrainSpec,
+    explicit,
+    make_cell,
+    merge_training,
+    no_match,
+    train_spec,
+    training_problems,
+)
+from metabench.errors import ConfigError, did_you_mean
+from metabench.suitefile import AlgorithmEntry, Document, SuiteEntry, TaskEntry, Where, validate
+
+MAX_CELLS = 50_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How quality is measured: the test episodes, their seed, and the weights tested ("last", or best on "val")."""
+
+    episodes: int
+    seed: int
+    selection: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """A validated suite. `plugins` are the files it names, then those of the call; `threads` None means all cores."""
+
+    name: str
+    path: Path
+    description: str
+    evaluation: Evaluation
+    measures: tuple[str, ...]
+    threads: int | None
+    reference: str | None
+    controls: bool
+    plugins: tuple[Path, ...]
+    catalogue: Catalogue = field(repr=False, compare=False)
+    points: tuple[Cell, ...] = field(repr=False)
+
+    def cells(self) -> tuple[Cell, ...]:
+        """Return the cells, each once: the grid's, task by task, then the explicit ones, then the controls."""
+        return self.points
+
+    def resolved(self) -> dict[str, Any]:
+        """Return all that the suite means as plain data for JSON; cells are their ids."""
+        return {
+            "suite": self.name,
+            "description": self.description,
+            "plugins": [path.name for path in self.plugins],
+            "evaluation": asdict(self.evaluation),
+            "measures": list(self.measures),
+            "controls": self.controls,
+            "reference": self.reference,
+            "threads": self.threads,
+            "cells": [cell.id for cell in self.points],
+        }
+
+
+def load_suite(name: str | Path, *, plugins: Sequence[Path] = ()) -> Suite:
+    """Load a shipped suite by its name, or a suite file; `plugins` are further plug-in files.
+
+    Raises ConfigError with every mistake in the file, each as 'file:line: what is wrong'.
+    """
+    file = _find(name)
+    document = Document(file)
+    entry = validate(document)
+    if entry is None:
+        document.raise_problems()
+        raise ConfigError(f"{file}: not a suite")
+    named = [file.parent / Path(plugin).expanduser() for plugin in entry.plugins]
+    files = tuple(Path(plugin).resolve() for plugin in (*named, *plugins))
+    _check_name(document, entry)
+    try:
+        known = catalogue(files)
+    except ConfigError as error:
+        for message in str(error).splitlines():
+            document.report(("plugins",), message)
+        document.raise_problems()
+        raise
+    points = _Expansion(document, entry, known).cells()
+    document.raise_problems()
+    return Suite(
+        name=entry.suite or file.stem,
+        path=file.resolve(),
+        description=entry.description,
+        evaluation=Evaluation(**entry.evaluation.model_dump()),
+        measures=tuple(entry.measures),
+        threads=entry.threads,
+        reference=entry.reference,
+        controls=entry.controls,
+        plugins=files,
+        catalogue=known,
+        points=points,
+    )
+
+
+def shipped_suites() -> dict[str, Path]:
+    """Return the suites that come with metabench by name: those of the wheel, or of the checkout it runs from."""
+    package = Path(__file__).parent
+    folder = package / "suites"
+    if not folder.is_dir() and (package.parent / "pyproject.toml").is_file():
+        folder = package.parent / "suites"
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema of suite files, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **SuiteEntry.model_json_schema()}
+
+
+def _find(name: str | Path) -> Path:
+    """Return the file of a suite: shipped names first. Raises ConfigError for a name that is neither."""
+    shipped = shipped_suites()
+    if str(name) in shipped:
+        return shipped[str(name)]
+    file = Path(name)
+    if not file.exists():
+        noun = "no such suite file" if file.suffix or len(file.parts) > 1 else "unknown suite"
+        raise ConfigError(f"{noun}: {str(name)!r}{did_you_mean(file.stem, shipped)}")
+    return file
+
+
+def _check_name(document: Document, entry: SuiteEntry) -> None:
+    """Report a name that is none, or a shipped suite's: results lie in a folder of that name, and would mix."""
+    name = entry.suite or document.file.stem
+    shipped = shipped_suites().get(name)
+    if not NAME.fullmatch(name):
+        document.report(("suite",), f"{name!r} cannot be a suite's name: add 'suite: NAME' (letters, digits and . _ -)")
+    elif shipped is not None and shipped.read_bytes() != document.file.read_bytes():
+        document.report(("suite",), f"{name!r} is a suite that comes with metabench: add 'suite: ANOTHER-NAME'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Choice:
+    """An algorithm with one value for each parameter, and where the suite says so."""
+
+    plugin: Plugin
+    params: Mapping[str, Value]
+    train: Mapping[str, float]
+    where: Where
+
+
+class _Expansion:
+    """From a suite's entry to its cells; what cannot be is reported to the document and left out."""
+
+    def __init__(self, document: Document, entry: SuiteEntry, known: Catalogue) -> None:
+        self.document, self.entry, self.known = document, entry, known
+        self.train = entry.train.model_dump(exclude_none=True)
+        self.found: dict[Cell, None] = {}
+        self.used: dict[tuple[Task, str, str, int], tuple[Where, set[str]]] = {}
+
+    def cells(self) -> tuple[Cell, ...]:
+        """Return the cells of grid, explicit cells and controls."""
+        if grid := self.entry.grid:
+            tasks = self._placed_tasks((("grid", "tasks", n), one) for n, one in enumerate(grid.tasks))
+            choices = self._all_choices((("grid", "algorithms", n), one) for n, one in enumerate(grid.algorithms))
+            coordinates = list(itertools.product(grid.devices, grid.precisions, grid.seeds))
+            if self._few(len(tasks) * len(choices) * len(coordinates), ("grid",)):
+                for (where, task), choice in itertools.product(tasks, choices):
+                    self._add(where, task, choice, coordinates)
+        for n, cell in enumerate(self.entry.cells):
+            for where, task in self._placed_tasks([(("cells", n, "task"), cell.task)]):
+                for choice in self._all_choices([(("cells", n, "algorithm"), cell.algorithm)]):
+                    self._add(where, task, choice, [(cell.device, cell.precision, cell.seed)])
+        if self.entry.controls:
+            self._add_controls()
+        self._check_whole()
+        return tuple(self.found)
+
+    def _add(self, where: Where, task: Task, choice: _Choice, coordinates: Sequence[tuple[str, str, int]]) -> None:
+        for train in self._training(where, task, choice):
+            if self.document.problems:
+                return  # no cells any more, but the rest is still to be checked
+            cell = make_cell(choice.plugin, task, params=choice.params, train=train)
+            for device, precision, seed in coordinates:
+                self.found[replace(cell, device=device, precision=precision, seed=seed)] = None
+                _, names = self.used.setdefault((task, device, precision, seed), (where, set()))
+                names.add(choice.plugin.name)
+
+    def _add_controls(self) -> None:
+        """Add to each task, device, precision and seed the controls that fit and are not named there."""
+        for control in [one for one in self.known.algorithms.values() if one.meta["control"]]:
+            choices = self._choices(("controls",), AlgorithmEntry(name=control.name))
+            for (task, device, precision, seed), (where, names) in list(self.used.items()):
+                if control.name not in names and no_match(control, task.problem) is None:
+                    for choice in choices:
+                        self._add(where, task, choice, [(device, precision, seed)])
+
+    def _check_whole(self) -> None:
+        """Report an unknown reference and, unless that may be only the consequence of other mistakes, an empty suite."""
+        reference, clean = self.entry.reference, not self.document.problems
+        if clean and not self.found:
+            self.document.report((), "the suite has no cells: add a grid of tasks and algorithms, or cells")
+        names = {cell.algorithm for cell in self.found} if clean else self.known.algorithms.keys()
+        if reference is not None and reference not in names:
+            self.document.report(
+                ("reference",), f"reference {reference!r} is no algorithm of the suite{did_you_mean(reference, names)}"
+            )
+
+    def _placed_tasks(self, entries: Iterable[tuple[Where, TaskEntry]]) -> list[tuple[Where, Task]]:
+        return [(where, task) for where, entry in entries for task in self._tasks(where, entry)]
+
+    def _all_choices(self, entries: Iterable[tuple[Where, AlgorithmEntry]]) -> list[_Choice]:
+        return [choice for where, entry in entries for choice in self._choices(where, entry)]
+
+    def _tasks(self, where: Where, entry: TaskEntry) -> list[Task]:
+        """Return the tasks that an entry sweeps, those that are impossible reported and left out."""
+        dataset, split = self._dataset(where, entry)
+        if dataset is None:
+            return []
+        swept = self._sweep(dataset, entry.params, where, {"split": split})
+        every_ways: list[int | None] = [*entry.ways] if entry.ways else [None]
+        if not self._few(len(swept) * len(every_ways) * len(entry.shots), where):
+            return []
+        task = Task(dataset=dataset, split=split, rotations=entry.rotations, ways=None, shots=1, queries=entry.queries)
+        tasks = [
+            replace(task, params=explicit(dataset, params), ways=ways, shots=shots)
+            for params, ways, shots in itertools.product(swept, every_ways, entry.shots)
+        ]
+        return [task for task in tasks if self._possible(where, task)]
+
+    def _dataset(self, where: Where, entry: TaskEntry) -> tuple[Plugin | None, str]:
+        """Return the data set and the split that a task names; None, and a report, if there is none."""
+        name, bracket, split = entry.dataset.removesuffix("]").partition("[")
+        dataset = self.known.datasets.get(name)
+        if dataset is None:
+            hint = did_you_mean(name, self.known.datasets)
+            self.document.report((*where, "dataset"), f"unknown data set {name!r}{hint}")
+            return None, split
+        splits = dataset.meta["splits"]
+        split = split if bracket else next(iter(splits))
+        if split not in splits or bool(bracket) != entry.dataset.endswith("]"):
+            self.document.report((*where, "dataset"), f"{name} has no split {split!r}{did_you_mean(split, splits)}")
+            return None, split
+        if "split" in entry.params:
+            self.document.report((*where, "params", "split"), f"write the split as dataset: '{name}[{split}]'")
+            return None, split
+        return dataset, split
+
+    def _choices(self, where: Where, entry: AlgorithmEntry) -> list[_Choice]:
+        """Return the algorithm with each of the parameters that an entry sweeps; mistakes are reported."""
+        plugin = self.known.algorithms.get(entry.name)
+        if plugin is None:
+            hint = did_you_mean(entry.name, self.known.algorithms)
+            self.document.report((*where, "name"), f"unknown algorithm {entry.name!r}{hint}")
+            return []
+        train = entry.train.model_dump(exclude_none=True)
+        swept = self._sweep(plugin, entry.params, where, {})
+        return [_Choice(plugin=plugin, params=params, train=train, where=where) for params in swept]
+
+    def _sweep(
+        self, plugin: Plugin, given: Mapping[str, Any], where: Where, fixed: Mapping[str, Value]
+    ) -> list[dict[str, Value]]:
+        """Return every combination of the listed values; mistakes are reported, and the defaults stand in for them."""
+        axes = {name: value if isinstance(value, list) else [value] for name, value in given.items()}
+        problems: list[tuple[Where, str | None]] = [((), problem) for problem in plugin.missing({*given, *fixed})]
+        for name, values in axes.items():
+            place: Where = ("params", name)
+            problems += [(place, plugin.wrong(name, value)) for value in values]
+            problems += [] if values else [(place, f"{name}: the list is empty")]
+        problems = [(place, problem) for place, problem in problems if problem]
+        for place, problem in problems:
+            self.document.report((*where, *place), str(problem))
+        if problems or not self._few(math.prod(map(len, axes.values())), where):
+            return [{}]
+        return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+    def _few(self, cells: int, where: Where) -> bool:
+        """Return whether so many cells are bearable, and report it if not."""
+        if cells > MAX_CELLS:
+            self.document.report(where, f"{cells:,} cells are too many (at most {MAX_CELLS:,}): split the suite")
+        return cells <= MAX_CELLS
+
+    def _possible(self, where: Where, task: Task) -> bool:
+        """Return whether the data set has what a test task needs, and report what it has not."""
+        problems = list(_task_problems(task, validates=self.entry.evaluation.selection == "val"))
+        for key, problem in problems:
+            if key or self.document.whole(where):
+                self.document.report((*where, key), problem)
+        return not problems
+
+    def _training(self, where: Where, task: Task, choice: _Choice) -> list[TrainSpec | None]:
+        """Return how the algorithm is trained for the task (None: not at all), or nothing if that was reported."""
+        plugin, feeds = choice.plugin, choice.plugin.meta["feeds"]
+        if feeds is None or no_match(plugin, task.problem):
+            return [None]
+        layers = [plugin.meta["train"], self.train, choice.train]
+        given = merge_training(layers)
+        problems = list(training_problems(given, feeds=feeds, task=task))
+        for key, problem in problems:
+            if key or (self.document.whole(("train",)) and self.document.whole((*choice.where, "train"))):
+                self.document.report(self._origin(key, where, choice), f"{plugin.name}: {problem}")
+        return [] if problems else [train_spec(given, feeds=feeds, task=task)]
+
+    def _origin(self, key: str, task: Where, choice: _Choice) -> Where:
+        """Return the place that sets a training key: the algorithm's entry, the suite's, or else the task."""
+        if key in choice.train:
+            return (*choice.where, "train", key)
+        if key in self.train:
+            return ("train", key)
+        return choice.where if not key or key in choice.plugin.meta["train"] else (*task, key)
+
+
+def _task_problems(task: Task, *, validates: bool) -> Iterator[tuple[str, str]]:
+    """Yield what is impossible about a test task: the key at fault ('' if one lacks), and why."""
+    if task.images is None:
+        if task.ways is not None:
+            yield "ways", f"{task.name} is regression: its tasks have no ways"
+        if task.rotations != "none":
+            yield "rotations", f"{task.name} is regression: it has no rotations"
+        return
+    if task.ways is None:
+        yield "", f"ways is missing: tasks of {task.name} have classes"
+        return
+    for subset in ("test", "val") if validates else ("test",):
+        if task.ways > (classes := task.classes(subset)):
+            yield "ways", f"{task.ways} ways are more than the {classes} {subset} classes of {task.name}"
+    if (examples := task.shots + task.queries) > task.images:
+        why = f"{task.shots} shots + {task.queries} queries are {examples}"
+        yield "queries", f"{why}: a class of {task.name} has {task.images} images"

@@ -1,0 +1,374 @@
+"""The format of suite files: strict models of what may stand in them, and YAML read with the line of every place.
+
+All mistakes are collected, not only the first: a bad part is reported and left out, and the rest is checked further.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from metabench.catalogue import BUDGETS, NAME
+from metabench.errors import ConfigError, did_you_mean
+
+MAX_BYTES, MAX_VALUES, MAX_DEPTH, MAX_INT = 1_000_000, 100_000, 20, 2**63 - 1
+Where = tuple[str | int, ...]  # the keys and list positions that lead to a place in the file
+T = TypeVar("T")
+
+
+def _listed(value: object) -> object:
+    """One value is a list of one; None stays None."""
+    return value if isinstance(value, list) or value is None else [value]
+
+
+def _distinct(values: list[T]) -> list[T]:
+    """Raise ValueError if a value is listed twice."""
+    if twice := [value for place, value in enumerate(values) if value in values[:place]]:
+        raise ValueError(f"{twice[0]!r} is listed twice")
+    return values
+
+
+def _counts(minimum: int) -> dict[str, Any]:
+    """The JSON Schema of one whole number or a list of them."""
+    one = {"type": "integer", "minimum": minimum, "maximum": MAX_INT}
+    return {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]}
+
+
+Count = Annotated[int, Field(ge=1, le=MAX_INT)]
+Ways = Annotated[int, Field(ge=2, le=MAX_INT)]
+Seed = Annotated[int, Field(ge=0, le=MAX_INT)]
+Device = Literal["cpu", "cuda"]
+Precision = Literal["float32", "bf16"]
+Measure = Literal["accuracy", "mse", "mse_before", "train_time", "adapt_time"]
+
+
+class _Entry(BaseModel):
+    """What all parts of a suite have in common: unknown keys and wrong types are errors."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class TrainEntry(_Entry):
+    """Training: what a step sees and one budget. What is unset comes from the algorithm's file, then from the task."""
+
+    ways: Ways | None = Field(default=None, description="Classes of a training task; default: those of the test task.")
+    shots: Count | None = Field(
+        default=None, description="Support examples per class; default: those of the test task."
+    )
+    queries: Count | None = Field(
+        default=None, description="Query examples per class; default: those of the test task."
+    )
+    tasks: Count | None = Field(default=None, description="Tasks per step (episode-fed algorithms); default 1.")
+    batch: Count | None = Field(default=None, description="Images per step (image-fed algorithms); default 64.")
+    steps: Count | None = Field(default=None, description="Budget: training steps.")
+    episodes: Count | None = Field(default=None, description="Budget: training tasks; resolved to steps.")
+    images: Count | None = Field(default=None, description="Budget: images seen; resolved to steps.")
+    seconds: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Budget: wall time, for a quick look: such rows are never ranked or gated."
+    )
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> TrainEntry:
+        given = [key for key in BUDGETS if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{len(given)} budgets: keep one of {', '.join(given)}")
+        return self
+
+
+class TaskEntry(_Entry):
+    """Test tasks: a data set, and how many ways, shots and queries. Lists are swept."""
+
+    dataset: str = Field(description="A data set, or one of its splits: 'omniglot[vinyals]'.")
+    ways: Annotated[list[Ways] | None, BeforeValidator(_listed)] = Field(
+        default=None, min_length=1, description="Classes of a task; none for regression.", json_schema_extra=_counts(2)
+    )
+    shots: Annotated[list[Count], BeforeValidator(_listed)] = Field(
+        min_length=1, description="Support examples per class.", json_schema_extra=_counts(1)
+    )
+    queries: Count = Field(description="Query examples per class.")
+    rotations: Literal["none", "classes", "per_class", "train_only", "episode"] = Field(
+        default="none",
+        description="Rotations by 90 degrees: new classes everywhere, or in training only, or augmentation.",
+    )
+    params: dict[str, Any] = Field(default={}, description="Parameters of the data set; a list of values is swept.")
+
+
+def _or_name(schema: dict[str, Any]) -> None:
+    """Say in the JSON Schema that an algorithm may be just its name."""
+    entry = dict(schema)
+    schema.clear()
+    schema["anyOf"] = [{"type": "string", "description": "An algorithm's name."}, entry]
+
+
+class AlgorithmEntry(_Entry):
+    """An algorithm: its name alone, or with parameters (lists are swept) and training."""
+
+    model_config = ConfigDict(json_schema_extra=_or_name)
+
+    name: str = Field(description="An algorithm's name.")
+    params: dict[str, Any] = Field(default={}, description="Parameters of the algorithm; a list of values is swept.")
+    train: TrainEntry = Field(default=TrainEntry(), description="Its training, over the suite's.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: object) -> object:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class GridEntry(_Entry):
+    """The product of its axes."""
+
+    tasks: list[TaskEntry] = Field(min_length=1, description="The test tasks.")
+    algorithms: list[AlgorithmEntry] = Field(min_length=1, description="The algorithms.")
+    devices: Annotated[list[Device], AfterValidator(_distinct)] = Field(
+        default=["cpu"], min_length=1, description="The devices to run on."
+    )
+    precisions: Annotated[list[Precision], AfterValidator(_distinct)] = Field(
+        default=["float32"], min_length=1, description="Number formats of training and adaptation."
+    )
+    seeds: Annotated[list[Seed], AfterValidator(_distinct)] = Field(
+        default=[0], min_length=1, description="Training seeds; the test episodes do not depend on them."
+    )
+
+
+class CellEntry(_Entry):
+    """One point besides the grid."""
+
+    task: TaskEntry = Field(description="The test task.")
+    algorithm: AlgorithmEntry = Field(description="The algorithm.")
+    device: Device = Field(default="cpu", description="The device to run on.")
+    precision: Precision = Field(default="float32", description="The number format of training and adaptation.")
+    seed: Seed = Field(default=0, description="The training seed.")
+
+
+class EvaluationEntry(_Entry):
+    """How quality is measured."""
+
+    episodes: Count = Field(default=1000, description="Test episodes.")
+    seed: Seed = Field(default=0, description="The seed of the test episodes: the same ones for every algorithm.")
+    selection: Literal["last", "val"] = Field(
+        default="last", description="Which weights are tested: the last ones, or the best on validation episodes."
+    )
+
+
+class SuiteEntry(_Entry):
+    """A metabench suite: what is compared, on what, and how it is measured."""
+
+    suite: Annotated[str, Field(pattern=f"^{NAME.pattern}$")] | None = Field(
+        default=None, description="The suite's name; default: the file's."
+    )
+    description: str = Field(default="", description="One line on what the suite is for.")
+    plugins: list[str] = Field(default=[], description="Plug-in files (algorithms, data sets), relative to this file.")
+    grid: GridEntry | None = Field(
+        default=None, description="The product of tasks, algorithms, devices, precisions and seeds."
+    )
+    cells: list[CellEntry] = Field(default=[], description="Explicit cells, besides the grid or instead of it.")
+    train: TrainEntry = Field(default=TrainEntry(), description="Training of all algorithms that do not say otherwise.")
+    evaluation: EvaluationEntry = Field(default=EvaluationEntry(), description="How quality is measured.")
+    measures: Annotated[list[Measure], AfterValidator(_distinct)] = Field(
+        default=["accuracy", "mse", "mse_before", "train_time", "adapt_time"],
+        min_length=1,
+        description="What is measured; what does not fit a task is left out for it.",
+    )
+    controls: bool = Field(default=True, description="Add every control (chance, ...) that fits the tasks.")
+    reference: str | None = Field(default=None, description="The algorithm that tables compare the others with.")
+    threads: Count | None = Field(default=None, description="Threads of one cell; default: all cores.")
+
+
+class Document:
+    """A suite file as plain data with the line of every place in it, and the problems found so far."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.lines: dict[Where, int] = {}
+        self.problems: dict[tuple[int, str], None] = {}
+        self.removed: dict[Where, set[str]] = {}
+        self.values = 0
+        self.data: Any = self._value(self._compose(), ())
+
+    def report(self, where: Where, message: str) -> None:
+        """Note a problem at a place, or at the nearest place around it that the file has."""
+        while where not in self.lines and where:
+            where = where[:-1]
+        self.problems[self.lines.get(where, 1), message] = None
+
+    def raise_problems(self) -> None:
+        """Raise ConfigError with every problem noted, in the order of the lines, if there is one."""
+        if self.problems:
+            raise ConfigError("\n".join(f"{self.file}:{line}: {message}" for line, message in sorted(self.problems)))
+
+    def prune(self, bad: set[Where]) -> None:
+        """Leave out the places in `bad`, so that what is left can be checked further."""
+        lines: dict[Where, int] = {}
+        removed: dict[Where, set[str]] = {}
+
+        def copy(value: Any, old: Where, new: Where) -> Any:
+            lines[new] = self.lines[old]
+            if isinstance(value, dict):
+                kept = {key: one for key, one in value.items() if (*old, key) not in bad}
+                removed[new] = self.removed.get(old, set()) | (value.keys() - kept.keys())
+                return {key: copy(one, (*old, key), (*new, key)) for key, one in kept.items()}
+            if isinstance(value, list):
+                good = [place for place in range(len(value)) if (*old, place) not in bad]
+                return [copy(value[place], (*old, place), (*new, n)) for n, place in enumerate(good)]
+            return value
+
+        self.data, self.lines, self.removed = copy(self.data, (), ()), lines, removed
+
+    def whole(self, where: Where) -> bool:
+        """Return whether nothing was left out at or inside a place: what it lacks, it lacks from the start."""
+        inside = any(keys and place[: len(where)] == where for place, keys in self.removed.items())
+        return not inside and (not where or where[-1] not in self.removed.get(where[:-1], set()))
+
+    def _compose(self) -> yaml.Node | None:
+        """Return the YAML tree of the file. Raises ConfigError, with line and column, if there is none."""
+        text = _text(self.file)
+        try:
+            return yaml.compose(text, Loader=_Loader)
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark
+            where = f"{mark.line + 1}:{mark.column + 1}" if mark else "1"
+            raise ConfigError(f"{self.file}:{where}: broken YAML: {error.problem or error.context}") from error
+        except yaml.reader.ReaderError as error:
+            line = text.count("\n", 0, error.position) + 1
+            raise ConfigError(f"{self.file}:{line}: broken YAML: {error.reason}") from error
+        except RecursionError as error:
+            raise ConfigError(f"{self.file}: nested too deeply for a suite") from error
+
+    def _value(self, node: yaml.Node | None, where: Where) -> Any:
+        """Return a node as plain data. Raises ConfigError if aliases blow the file up."""
+        self.values += 1
+        if self.values > MAX_VALUES or len(where) > MAX_DEPTH:
+            raise ConfigError(f"{self.file}: nested too deeply, or too many values (a YAML alias that multiplies?)")
+        self.lines.setdefault(where, node.start_mark.line + 1 if node else 1)
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, where)
+        if isinstance(node, yaml.SequenceNode):
+            return [self._value(item, (*where, place)) for place, item in enumerate(node.value)]
+        return None if node is None else self._scalar(node, where)
+
+    def _mapping(self, node: yaml.MappingNode, where: Where) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag not in (
+                "tag:yaml.org,2002:str",
+                "tag:yaml.org,2002:merge",
+            ):
+                self.problems[line, "a key must be text: put it in quotes"] = None
+            elif key in found:
+                self.problems[line, f"{key!r} is given twice, first on line {self.lines[(*where, key)]}"] = None
+            else:
+                self.lines[(*where, key)] = line
+                found[key] = self._value(value_node, (*where, key))
+        return found
+
+    def _scalar(self, node: yaml.Node, where: Where) -> Any:
+        try:
+            value = yaml.constructor.SafeConstructor().construct_object(node, deep=True)
+        except Exception:  # PyYAML fails in many ways on tags that do not fit and on numbers without end
+            self.report(where, f"cannot read {node.value[:60]!r} as {node.tag.rpartition(':')[2]}: put it in quotes")
+            return str(node.value)
+        return math.inf if isinstance(value, int) and abs(value) > MAX_INT else value
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader, but 1e-3 is a number (YAML 1.1 wants 1.0e-3, and silently takes the rest for text)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _text(file: Path) -> str:
+    """Return the file's text. Raises ConfigError if it is no readable, small UTF-8 file."""
+    try:
+        if file.is_dir():
+            raise ConfigError(f"{file}: is a folder: name the suite's file in it")
+        if (size := file.stat().st_size) > MAX_BYTES:
+            raise ConfigError(f"{file}: has {size:,} bytes; a suite has at most {MAX_BYTES:,}")
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from error
+
+
+_PARTS: dict[str | int, type[BaseModel]] = {
+    "grid": GridEntry,
+    "cells": CellEntry,
+    "tasks": TaskEntry,
+    "task": TaskEntry,
+    "algorithms": AlgorithmEntry,
+    "algorithm": AlgorithmEntry,
+    "train": TrainEntry,
+    "evaluation": EvaluationEntry,
+}
+_WANTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "model_type": "a mapping",
+    "dict_type": "a mapping",
+    "too_short": "a list of at least one value",
+    "greater_than": "above {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than_equal": "at most {le}",
+    "literal_error": "{expected}",
+    "string_pattern_mismatch": "letters, digits and . _ -",
+}
+
+
+def _explain(detail: ErrorDetails) -> str:
+    """Return one of pydantic's errors in the words of a suite."""
+    keys = [part for part in detail["loc"] if isinstance(part, str)]
+    name, value = ".".join(keys) or "a suite", detail["input"]
+    if detail["type"] == "extra_forbidden":
+        part = next((_PARTS[key] for key in reversed(keys[:-1]) if key in _PARTS), SuiteEntry)
+        return f"unknown key {keys[-1]!r}{did_you_mean(keys[-1], part.model_fields)}"
+    if detail["type"] == "missing":
+        return f"{name} is missing: add it"
+    if detail["type"] == "value_error":
+        return f"{name}: {detail['ctx']['error']}"
+    if detail["type"] not in _WANTED:
+        return f"{name}: {detail['msg']}"
+    wanted = _WANTED[detail["type"]].format_map(detail.get("ctx", {}))
+    hint = did_you_mean(value, re.findall(r"'(\w+)'", wanted)) if isinstance(value, str) else ""
+    shown = "an empty one" if detail["type"] == "too_short" else repr(value)
+    shown = shown if len(shown) < 60 else f"{shown[:60]}..."
+    return f"{name} must be {wanted}, not {shown}{hint if 'mean' in hint else ''}"
+
+
+def validate(document: Document) -> SuiteEntry | None:
+    """Return the suite's entry without its bad parts, which are reported; None if nothing is left."""
+    for attempt in itertools.count():
+        try:
+            return SuiteEntry.model_validate(document.data)
+        except ValidationError as error:
+            bad = set()
+            for detail in error.errors(include_url=False):
+                bad.add(_present(document, detail["loc"]))
+                # Once bad parts are out, what is missing or too short is only their consequence.
+                if attempt == 0 or detail["type"] == "value_error":
+                    document.report(detail["loc"], _explain(detail))
+        if () in bad:
+            return None
+        document.prune(bad)
+    return None
+
+
+def _present(document: Document, loc: Where) -> Where:
+    """Return that part of an error's place which the file has: a missing key it has not."""
+    while loc not in document.lines:
+        loc = loc[:-1]
+    return loc

@@ -1,0 +1,166 @@
+"""Meta-training to a budget, with a checkpoint that continues to the same final numbers on CPU."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metabench.algorithms.base import Algorithm, Trainer
+from metabench.episodes import Batch, Episode, TaskDistribution
+from metabench.errors import Diverged
+from metabench.scoring import Stopped, score_episodes
+
+PROGRESS_SECONDS = 0.5
+CHECKPOINT_SECONDS = 20.0
+VALIDATIONS, VALIDATION_EPISODES = 10, 100
+
+
+@dataclass
+class Progress:
+    """Where a training stands; all of it goes into the checkpoint."""
+
+    steps: int
+    step: int = 0
+    seconds: float = 0.0
+    resumed: int = 0
+    best: float = -math.inf
+    best_step: int = 0
+    best_state: dict[str, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One training: its tasks, its spec (see `next_batch`), where to keep and what to watch.
+
+    `twin` makes an equal, fresh algorithm (to measure the price of a step); `validation` None: the last step counts.
+    """
+
+    source: TaskDistribution
+    spec: Mapping[str, Any]
+    checkpoint: Path
+    twin: Callable[[], Algorithm]
+    validation: TaskDistribution | None
+    stopping: Callable[[], bool]
+    emit: Callable[..., None]
+
+
+def train(algorithm: Algorithm, plan: Plan) -> dict[str, Any]:
+    """Meta-train to the budget, or on from the checkpoint; returns the facts of the training.
+
+    Raises:
+        Stopped: a stop was asked for; the checkpoint is on disk.
+        Diverged: the final parameters are not finite.
+    """
+    state = _load(plan.checkpoint)
+    progress = Progress(**state["progress"]) if state else Progress(steps=resolve_steps(plan))
+    trainer = algorithm.trainer(progress.steps)
+    if state:
+        algorithm.load_state_dict(state["algorithm"])
+        trainer.load_state_dict(state["trainer"])
+        torch.set_rng_state(state["generator"])
+        progress.resumed += progress.step < progress.steps
+    algorithm.train()
+    _loop(algorithm, trainer, plan, progress)
+    if progress.best_state is not None:
+        algorithm.load_state_dict(progress.best_state)
+    algorithm.eval()
+    if not all(bool(torch.isfinite(p).all()) for p in algorithm.parameters()):
+        raise Diverged(f"parameters not finite after {progress.steps} training steps; lower the learning rate")
+    with torch.no_grad():
+        algorithm.prepare(plan.source)
+    return {
+        "train_steps": progress.steps,
+        "train_seconds": progress.seconds,
+        "tasks": plan.spec.get("tasks"),
+        "resumed": progress.resumed,
+        "selected_step": progress.best_step or progress.steps,
+    }
+
+
+def _loop(algorithm: Algorithm, trainer: Trainer, plan: Plan, progress: Progress) -> None:
+    said = saved = mark = time.perf_counter()
+    every = max(1, progress.steps // VALIDATIONS)
+    while progress.step < progress.steps:
+        metrics = trainer.step(next_batch(plan.source, plan.spec, algorithm.feeds, progress.step))
+        progress.step += 1
+        now = time.perf_counter()
+        progress.seconds += now - mark
+        if now - said > PROGRESS_SECONDS:
+            said = now
+            finite = {k: float(v) for k, v in metrics.items() if bool(torch.isfinite(v))}
+            plan.emit("progress", step=progress.step, steps=progress.steps, metrics=finite)
+        if plan.validation is not None and progress.step % every == 0:
+            _select(algorithm, plan.validation, progress)
+        stopping = plan.stopping()
+        if stopping or now - saved > CHECKPOINT_SECONDS or progress.step == progress.steps:
+            saved = now
+            _save(plan.checkpoint, algorithm, trainer, progress)
+        if stopping:
+            raise Stopped
+        mark = time.perf_counter()  # checkpoints, validation and messages are not training time
+
+
+def next_batch(source: TaskDistribution, spec: Mapping[str, Any], feeds: str | None, step: int) -> Episode | Batch:
+    """The batch of training step `step`: a pure function of it, so that resuming is a counter."""
+    if feeds == "images":
+        return source.images(step * spec["batch"], spec["batch"])
+    return source.episodes(step * spec["tasks"], spec["tasks"])
+
+
+def resolve_steps(plan: Plan) -> int:
+    """The budget in steps; one in seconds is resolved once, by the median of a few steps of a twin."""
+    if plan.spec.get("steps"):
+        return int(plan.spec["steps"])
+    twin = plan.twin()
+    trainer = twin.trainer(1000)
+    twin.train()
+    seconds = []
+    for step in range(8):
+        start = time.perf_counter()
+        trainer.step(next_batch(plan.source, plan.spec, twin.feeds, step))
+        seconds.append(time.perf_counter() - start)
+    return max(1, round(plan.spec["seconds"] / float(np.median(seconds[3:]))))
+
+
+def _select(algorithm: Algorithm, validation: TaskDistribution, progress: Progress) -> None:
+    """Keep the best state seen on validation episodes; the first of equals wins."""
+    algorithm.eval()
+    scores = score_episodes(algorithm.adapt, validation, VALIDATION_EPISODES).scores
+    algorithm.train()
+    better = float(np.mean(scores)) * (1 if algorithm.problem.loss == "cross_entropy" else -1)
+    if better > progress.best:
+        progress.best, progress.best_step = better, progress.step
+        progress.best_state = {k: v.detach().clone() for k, v in algorithm.state_dict().items()}
+
+
+def _save(file: Path, algorithm: Algorithm, trainer: Trainer, progress: Progress) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(f".{os.getpid()}")
+    state = {
+        "algorithm": algorithm.state_dict(),
+        "trainer": trainer.state_dict(),
+        "generator": torch.get_rng_state(),
+        "progress": vars(progress),
+    }
+    torch.save(state, temporary)
+    temporary.replace(file)
+
+
+def _load(file: Path) -> dict[str, Any] | None:
+    if not file.exists():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(file, weights_only=True)
+    except Exception:  # torn or foreign: a checkpoint only saves time, the training starts again
+        file.unlink()
+        return None
+    return state

@@ -1,0 +1,376 @@
+"""What every algorithm of the registry promises, whatever its method: this file is the specification."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from metabench.algorithms.base import Algorithm, query_loss
+from metabench.algorithms.metric import FeatureMethod
+from metabench.catalogue import Plugin, catalogue
+from metabench.episodes import Batch, Episode, ImageData, Problem, TaskDistribution
+
+WAYS, SHOTS, QUERIES, TASKS = 3, 2, 2, 2
+FITS_A_HEAD = {"baseline", "maml", "fomaml", "reptile"}
+"""Whose answer starts from initial output weights: labels are not interchangeable, and zero steps mean chance."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One algorithm with one choice of `norm` on one kind of problem."""
+
+    name: str
+    norm: str | None
+    problem: str
+
+    def __str__(self) -> str:
+        return "-".join(filter(None, (self.name, self.norm, self.problem)))
+
+
+def _norms(plugin: Plugin, problem: str) -> list[str | None]:
+    norm = plugin.parameter("norm")
+    if norm is None:
+        return [None]
+    return list(norm.choices) if problem == "classification" else [norm.default]  # type: ignore[list-item]
+
+
+PLUGINS = catalogue().algorithms
+REGRESSION = [p for p in catalogue().datasets.values() if p.meta["problem"] == "regression"]
+CHEAPER = {"centre_images": 64, "epochs": 20}  # parameters that cost time and change no promise
+CASES = [Case(p.name, norm, kind) for p in PLUGINS.values() for kind in p.meta["problems"] for norm in _norms(p, kind)]
+DEFAULTS = [case for case in CASES if case.norm == getattr(PLUGINS[case.name].parameter("norm"), "default", None)]
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_default = pytest.mark.parametrize("case", DEFAULTS, ids=str)
+
+
+@functools.cache
+def synthetic() -> ImageData:
+    """Easy classes: each a coarse random pattern, its drawings differ by noise."""
+    rng = np.random.default_rng(0)
+    patterns = rng.random((24, 1, 4, 4)) < 0.4
+    bright = np.kron(patterns, np.ones((4, 4), bool))
+    flipped = rng.random((24, 8, 16, 16)) < 0.1
+    images = np.where(bright ^ flipped, 255, 0).astype(np.uint8)
+    subsets = {"train": np.arange(12), "val": np.arange(12, 14), "test": np.arange(14, 24)}
+    return ImageData("synthetic", "1", "only", images, tuple(map(str, range(24))), subsets)
+
+
+@functools.cache
+def tasks(problem: str, subset: str = "test", shots: int = SHOTS) -> TaskDistribution:
+    if problem == "classification":
+        dataset: Any = synthetic()
+    else:
+        dataset = REGRESSION[0].load().build()
+    ways = WAYS if problem == "classification" else None
+    return dataset.tasks(  # type: ignore[no-any-return]
+        subset, ways=ways, shots=shots, queries=QUERIES, rotations="none", seed=0, device="cpu"
+    )
+
+
+def fresh(case: Case, **params: Any) -> Algorithm:
+    torch.manual_seed(3)
+    plugin = PLUGINS[case.name]
+    chosen = {name: value for name, value in CHEAPER.items() if plugin.parameter(name)} | params
+    if case.norm:
+        chosen["norm"] = case.norm
+    built: Algorithm = plugin.load().build(tasks(case.problem, "train").problem, **chosen)
+    return built
+
+
+def batch(algorithm: Algorithm, case: Case, step: int, at_once: int = TASKS) -> Episode | Batch:
+    source = tasks(case.problem, "train")
+    return source.images(step * 16, 16) if algorithm.feeds == "images" else source.episodes(step * at_once, at_once)
+
+
+@functools.cache
+def _stepped(case: Case) -> Algorithm:
+    algorithm = fresh(case)
+    if algorithm.feeds is not None:
+        trainer = algorithm.trainer(2)
+        for step in range(2):
+            trainer.step(batch(algorithm, case, step))
+    algorithm.eval()
+    with torch.no_grad():
+        algorithm.prepare(tasks(case.problem, "train"))
+    return algorithm
+
+
+def ready(case: Case) -> Algorithm:
+    """In eval mode after two training steps, so that running statistics and centres are not the trivial ones."""
+    return copy.deepcopy(_stepped(case))
+
+
+def episodes(case: Case, count: int = TASKS, *, shots: int = SHOTS, dtype: torch.dtype = torch.float32) -> Episode:
+    episode = tasks(case.problem, shots=shots).episodes(0, count)
+    return replace(episode, support=_cast(episode.support, dtype), query=_cast(episode.query, dtype))
+
+
+def _cast(part: Batch, dtype: torch.dtype) -> Batch:
+    return replace(part, x=part.x.to(dtype), y=part.y.to(dtype) if part.y.is_floating_point() else part.y)
+
+
+def answer(algorithm: Algorithm, episode: Episode, steps: int | None = None) -> Tensor:
+    return algorithm.adapt(episode.support, seeds=episode.seeds, steps=steps)(episode.query.x)
+
+
+def frozen(algorithm: Algorithm) -> Callable[[], bool]:
+    """A check that nothing has moved since: parameters, buffers, gradients, modes and the global generators."""
+
+    def look() -> list[Any]:
+        modules = [(m.training, getattr(m, "tracking", None)) for m in algorithm.modules()]
+        flags = [(p.requires_grad, p.grad is None) for p in algorithm.parameters()]
+        return [modules, flags, random.getstate(), repr(np.random.get_state()), torch.is_grad_enabled()]
+
+    state = {name: value.clone() for name, value in algorithm.state_dict().items()}
+    generator, rest = torch.get_rng_state(), look()
+
+    def unchanged() -> bool:
+        now = algorithm.state_dict()
+        same = state.keys() == now.keys() and all(torch.equal(state[name], now[name]) for name in state)
+        return same and torch.equal(generator, torch.get_rng_state()) and rest == look()
+
+    return unchanged
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
+    a, b = a.detach(), b.detach()
+    return bool((a - b).abs().max() <= tolerance * max(1.0, float(b.abs().max())))
+
+
+def score(case: Case, output: Tensor, query: Batch) -> Tensor:
+    """Per task: the accuracy, a tie among k scoring 1/k, or the squared error."""
+    if case.problem == "regression":
+        return (output - query.y).square().mean((1, 2))
+    top = output == output.max(-1, keepdim=True).values
+    return (top.gather(-1, query.y[..., None])[..., 0] / top.sum(-1)).mean(1)
+
+
+def is_chance(accuracies: Tensor) -> bool:
+    """Whether a mean over independent episodes is 1/ways within 4 standard errors of what guessing can spread."""
+    spread = (1 / WAYS * (1 - 1 / WAYS) / len(accuracies)) ** 0.5  # an episode spreads at most as one coin toss
+    return abs(float(accuracies.mean()) - 1 / WAYS) < 4 * spread
+
+
+def test_the_cases_cover_the_registry() -> None:
+    assert {case.name for case in CASES} == set(PLUGINS) >= FITS_A_HEAD - {"reptile"}
+    assert {"protonet", "matching", "baseline", "centroid", "chance", "pixel-nn", "untrained", "oracle"} <= set(PLUGINS)
+
+
+@every_default
+def test_the_metadata_tells_the_truth(case: Case) -> None:
+    algorithm, meta = fresh(case), PLUGINS[case.name].meta
+    assert algorithm.feeds == meta["feeds"]
+    assert meta["control"] == (algorithm.feeds is None)
+    assert algorithm.problem == tasks(case.problem, "train").problem
+    assert algorithm.unsupported(tasks(case.problem).problem) is None
+    other = Problem((1,), "mse") if case.problem == "classification" else Problem((1, 16, 16), "cross_entropy", WAYS)
+    assert algorithm.unsupported(other)
+
+
+@every_case
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_adapting_changes_nothing_and_repeats_exactly(case: Case, training: bool) -> None:
+    algorithm, episode = ready(case).train(training), episodes(case)
+    unchanged = frozen(algorithm)
+    first = answer(algorithm, episode)
+    with torch.no_grad():
+        second = answer(algorithm, episode)
+    third = answer(algorithm, episode)
+    assert torch.isfinite(first).all()
+    assert torch.equal(first, third) and close(second, first)
+    assert unchanged()
+
+
+@every_case
+def test_the_answer_has_the_shape_of_the_task(case: Case) -> None:
+    algorithm, episode = ready(case), episodes(case)
+    output = answer(algorithm, episode)
+    last = WAYS if case.problem == "classification" else episode.query.y.shape[-1]
+    assert output.shape == (*episode.query.x.shape[:2], last) and output.dtype == torch.float32
+    assert close(
+        answer(algorithm, episode, steps=0), algorithm.initial(episode.support, seeds=episode.seeds)(episode.query.x)
+    )
+
+
+@every_case
+def test_no_graph_without_gradients_and_a_graph_with_them(case: Case) -> None:
+    algorithm, episode = ready(case), episodes(case)
+    with torch.no_grad():
+        learner = algorithm.adapt(episode.support, seeds=episode.seeds)
+        assert not learner(episode.query.x).requires_grad
+    if not list(algorithm.parameters()):
+        return
+    loss, metrics = query_loss(algorithm.problem, answer(algorithm, episode), episode.query)
+    assert not any(value.requires_grad for value in metrics.values())
+    loss.backward()
+    gradients = [p.grad for p in algorithm.parameters() if p.grad is not None]
+    assert any(bool(g.abs().max() > 0) for g in gradients) and all(bool(torch.isfinite(g).all()) for g in gradients)
+
+
+@every_case
+def test_a_score_does_not_depend_on_how_many_tasks_share_a_call(case: Case) -> None:
+    algorithm, episode = ready(case), episodes(case, 3)
+    with torch.no_grad():
+        together = answer(algorithm, episode)
+        for t in range(3):
+            one = slice(t, t + 1)
+            alone = Episode(episode.support.pick(one), episode.query.pick(one), episode.seeds[one])
+            assert close(answer(algorithm, alone), together[one])
+            assert close(score(case, answer(algorithm, alone), alone.query), score(case, together, episode.query)[one])
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_an_inductive_answer_does_not_depend_on_the_other_queries(case: Case, dtype: torch.dtype) -> None:
+    algorithm, episode = ready(case).to(dtype), episodes(case, dtype=dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    with torch.no_grad():
+        learner = algorithm.adapt(episode.support, seeds=episode.seeds)
+        together = learner(episode.query.x)
+        alone = torch.cat([learner(episode.query.x[:, q : q + 1]) for q in range(episode.query.x.shape[1])], dim=1)
+    assert together.dtype == dtype  # float64 throughout
+    # a transductive answer must say so by its norm, and only such an answer may look at the other queries
+    transductive = case.norm == "batch" and case.problem == "classification"
+    assert close(alone, together, tolerance) != transductive
+
+
+@every_case
+def test_labels_are_interchangeable(case: Case) -> None:
+    if case.problem != "classification" or case.name in FITS_A_HEAD:
+        pytest.skip("answers start from a head with initial weights, or are numbers")
+    algorithm, episode = ready(case), episodes(case)
+    order = torch.tensor([2, 0, 1])
+    renamed = replace(episode, support=replace(episode.support, y=order[episode.support.y]))
+    with torch.no_grad():
+        assert close(answer(algorithm, renamed)[..., order], answer(algorithm, episode))
+
+
+@every_case
+def test_cached_features_give_the_same_answer(case: Case) -> None:
+    algorithm, episode = ready(case), episodes(case)
+    if not (isinstance(algorithm, FeatureMethod) and algorithm.cacheable):
+        pytest.skip("features depend on the support set, or there are none")
+    support, query = episode.support, episode.query
+    with torch.no_grad():
+        images = torch.cat([support.x, query.x], dim=1)
+        features = torch.stack([algorithm.embed(x[None])[0] for x in images.flatten(0, 1)]).unflatten(
+            0, images.shape[:2]
+        )
+        n = support.x.shape[1]
+        cached = algorithm.adapt_features(replace(support, x=features[:, :n]), seeds=episode.seeds)(features[:, n:])
+        assert close(cached, answer(algorithm, episode))
+
+
+@every_case
+def test_only_a_trainer_step_moves_running_statistics(case: Case) -> None:
+    algorithm = fresh(case).train()
+    if algorithm.feeds is None:
+        pytest.skip("nothing to train")
+    first, trainer = batch(algorithm, case, 0), algorithm.trainer(1)
+    before = {name: value.clone() for name, value in algorithm.named_buffers()}
+    unchanged = frozen(algorithm)
+    loss, _ = algorithm.loss(first)
+    assert loss.dim() == 0 and unchanged()
+    trainer.step(first)
+    moved = any(not torch.equal(before[name], value) for name, value in algorithm.named_buffers())
+    assert moved == (case.norm == "running")
+    assert not any(getattr(m, "tracking", False) for m in algorithm.modules())
+
+
+@every_default
+def test_training_learns_what_is_easy(case: Case) -> None:
+    algorithm = fresh(case)
+    if algorithm.feeds is None:
+        pytest.skip("nothing to train")
+    steps, at_once = (30, 4) if case.problem == "classification" else (60, 16)
+    watched = batch(algorithm, case, 1000, 4 * at_once)
+    trainer, before = algorithm.trainer(steps), _loss(algorithm, watched)
+    for step in range(steps):
+        metrics = trainer.step(batch(algorithm, case, step, at_once))
+        assert all(v.dim() == 0 and not v.requires_grad for v in metrics.values())
+    assert _loss(algorithm, watched) < before
+    algorithm.eval()
+    with torch.no_grad():
+        algorithm.prepare(tasks(case.problem, "train"))
+        episode = episodes(case, 30)
+        reached = score(case, answer(algorithm, episode), episode.query).mean()
+    assert case.problem == "regression" or reached > 0.75
+
+
+def _loss(algorithm: Algorithm, watched: Episode | Batch) -> float:
+    with torch.no_grad():
+        if isinstance(watched, Batch):
+            return float(algorithm.loss(watched)[0])
+        return float(query_loss(algorithm.problem, answer(algorithm, watched), watched.query)[0])
+
+
+@every_default
+def test_shuffled_support_labels_give_chance(case: Case) -> None:
+    """Whoever beats chance without true labels has seen the query's labels, or the order of the classes."""
+    if case.problem != "classification":
+        pytest.skip("no labels")
+    algorithm, episode = ready(case), episodes(case, 60, shots=1)
+    order = torch.stack([torch.randperm(WAYS, generator=torch.Generator().manual_seed(t)) for t in range(60)])
+    shuffled = replace(episode, support=replace(episode.support, y=episode.support.y.gather(1, order)))
+    with torch.no_grad():
+        assert is_chance(score(case, answer(algorithm, shuffled), episode.query))
+
+
+@every_default
+def test_zero_steps_mean_chance_for_methods_that_take_steps(case: Case) -> None:
+    if case.name not in FITS_A_HEAD or case.problem != "classification":
+        pytest.skip("takes no steps, or predicts numbers")
+    algorithm, episode = ready(case), episodes(case, 60)
+    with torch.no_grad():
+        assert is_chance(score(case, answer(algorithm, episode, steps=0), episode.query))
+
+
+@every_default
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_a_resumed_training_ends_with_the_same_bits(case: Case, schedule: str) -> None:
+    if PLUGINS[case.name].meta["feeds"] is None:
+        pytest.skip("nothing to train")
+    params = {"schedule": schedule} if PLUGINS[case.name].parameter("schedule") else {}
+
+    def run(algorithm: Algorithm, trainer: Any, first: int, last: int) -> None:
+        for step in range(first, last):
+            trainer.step(batch(algorithm, case, step))
+
+    whole = fresh(case, **params)
+    run(whole, whole.trainer(4), 0, 4)
+    begun = fresh(case, **params)
+    trainer = begun.trainer(4)
+    run(begun, trainer, 0, 2)
+    file = io.BytesIO()
+    torch.save({"algorithm": begun.state_dict(), "trainer": trainer.state_dict()}, file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    resumed = fresh(case, **params)
+    with torch.no_grad():
+        for parameter in resumed.parameters():
+            parameter.add_(1.0)  # the state must bring everything
+    trainer = resumed.trainer(4)
+    resumed.load_state_dict(state["algorithm"])
+    trainer.load_state_dict(state["trainer"])
+    run(resumed, trainer, 2, 4)
+    ours, theirs = resumed.state_dict(), whole.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@every_default
+def test_the_module_survives_a_copy(case: Case) -> None:
+    algorithm, episode = ready(case), episodes(case)
+    clone = fresh(case).eval()
+    clone.load_state_dict(algorithm.state_dict())
+    with torch.no_grad():
+        assert torch.equal(answer(clone, episode), answer(algorithm, episode))

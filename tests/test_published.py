@@ -1,0 +1,75 @@
+from collections import Counter
+
+import pytest
+
+from metabench.report.published import all_published, published
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "ways", "shots", "value"),
+    [
+        ("protonet", 5, 1, 0.988),
+        ("protonet", 20, 5, 0.989),
+        ("maml", 5, 1, 0.987),
+        ("fomaml", 20, 1, 0.894),
+        ("reptile", 5, 1, 0.9539),
+        ("matching", 20, 1, 0.938),
+        ("metanet", 5, 1, 0.9895),
+        ("siamese", 20, 1, 0.92),
+        ("anil", 20, 1, 0.962),
+        ("relation", 5, 5, 0.998),
+        ("maml++", 5, 1, 0.9947),
+        ("pixel-nn", 5, 1, 0.417),
+    ],
+)
+def test_the_headline_is_the_papers_own_number(algorithm, ways, shots, value):
+    found = published(algorithm, "omniglot", ways, shots)
+    assert found is not None
+    assert found.value == value
+    assert found.verified
+
+
+def test_numbers_that_could_not_be_verified_say_so():
+    for algorithm in ("r2d2", "baseline", "baseline++"):
+        assert not published(algorithm, "omniglot", 5, 1).verified
+    assert not published("maml", "sinusoid", None, 5, measure="mse").verified
+
+
+def test_tasks_and_methods_without_a_number():
+    assert published("protonet", "omniglot", 7, 1) is None
+    assert published("nobody", "omniglot", 5, 1) is None
+    assert published("lstm-metalearner", "omniglot", 5, 1) is None
+
+
+def test_presentations_are_measures_of_their_own():
+    values = [published("mann", "omniglot", 5, None, measure=f"accuracy_at_{k}").value for k in (1, 2, 5, 10)]
+    assert values == [0.364, 0.828, 0.949, 0.981]
+
+
+def test_deviations_name_what_is_known_to_differ_and_nothing_else():
+    reptile = published("reptile", "omniglot", 5, 1)
+    assert reptile.deviations(split="vinyals", queries=15, bn_mode="transductive") == (
+        "random split",
+        "inductive",
+        "1 query",
+    )
+    protonet = published("protonet", "omniglot", 5, 1)
+    assert (protonet.queries, protonet.deviations(split="vinyals", queries=15, bn_mode="inductive")) == (None, ())
+
+
+def test_every_row_is_whole():
+    rows = all_published()
+    assert len(rows) == 356
+    for row in rows:
+        assert row.source and row.algorithm == row.algorithm.strip().lower()
+        assert row.bn_mode in ("", "inductive", "transductive")
+        assert row.measure == "mse" or 0 < row.value < 1
+        assert row.ci95 is None or 0 < row.ci95 < 0.2
+        assert not row.algorithm.startswith('"') and "," not in row.algorithm
+
+
+def test_one_headline_per_method_and_task():
+    tasks = Counter((r.algorithm, r.dataset, r.ways, r.shots, r.measure) for r in all_published() if r.headline)
+    assert set(tasks.values()) == {1}
+    shown = {(r.algorithm, r.dataset, r.ways, r.shots, r.measure) for r in all_published()}
+    assert {key for key in shown if key[-1] != "pair_accuracy"} == set(tasks)

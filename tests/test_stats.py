@@ -1,0 +1,182 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import stats as reference
+
+from metabench.stats import (
+    Interval,
+    class_interval,
+    cluster_interval,
+    mean_interval,
+    median_interval,
+    paired_difference,
+    rank_agreement,
+    seeds_interval,
+    smallest_visible_difference,
+)
+
+scores = hnp.arrays(np.float64, st.tuples(st.integers(2, 5), st.integers(2, 12)), elements=st.floats(0, 1, width=32))
+
+
+@given(hnp.arrays(np.float64, st.integers(2, 40), elements=st.floats(-100, 100, width=32)))
+def test_mean_interval_is_scipys_t_interval(x):
+    interval = mean_interval(x)
+    assert interval.sd == pytest.approx(x.std(ddof=1), abs=1e-9)
+    if interval.sd:
+        low, high = reference.t.interval(0.95, len(x) - 1, loc=x.mean(), scale=reference.sem(x))
+        assert (interval.low, interval.high) == (pytest.approx(low, abs=1e-9), pytest.approx(high, abs=1e-9))
+    assert interval.low <= interval.value <= interval.high
+
+
+def test_one_value_has_no_bounds_and_constant_values_have_no_width():
+    assert mean_interval([0.7]) == Interval(0.7, None, None, 1, None)
+    constant = mean_interval([0.1] * 10)
+    assert (constant.low, constant.high, constant.sd) == (constant.value, constant.value, 0)
+    assert seeds_interval(np.full((3, 7), 0.1)).half == 0
+    assert not mean_interval([0.7]).excludes(0)
+    assert constant.excludes(0)
+
+
+@pytest.mark.parametrize("bad", [[], [np.nan, 1.0], [np.inf]])
+def test_empty_and_nonfinite_values_are_refused(bad):
+    with pytest.raises(ValueError):
+        mean_interval(bad)
+
+
+def test_seeds_interval_golden():
+    x = np.array([[0.9, 0.8, 1.0, 0.7], [0.8, 0.8, 0.9, 0.5], [1.0, 0.7, 0.9, 0.6]])
+    interval = seeds_interval(x)
+    means, columns = x.mean(1), x.mean(0)
+    residual = x - means[:, None] - columns + x.mean()
+    of_seeds = means.var(ddof=1) / 3
+    of_episodes = columns.var(ddof=1) / 4 - (residual**2).sum() / 6 / 12
+    half = np.sqrt(4.302653**2 * of_seeds + 3.182446**2 * of_episodes)
+    assert interval.value == pytest.approx(0.8)
+    assert interval.half == pytest.approx(half, rel=1e-6)
+    assert interval.half == pytest.approx(0.26245, abs=1e-5)
+    assert (interval.n, interval.sd) == (3, pytest.approx(means.std(ddof=1)))
+
+
+@given(scores)
+def test_more_sources_never_narrow_the_interval_over_seeds(x):
+    assert seeds_interval(x).half >= mean_interval(x.mean(axis=1)).half - 1e-9
+
+
+@given(scores, st.randoms(use_true_random=False))
+def test_the_order_of_seeds_and_episodes_does_not_matter(x, random):
+    rows, columns = list(range(x.shape[0])), list(range(x.shape[1]))
+    random.shuffle(rows)
+    random.shuffle(columns)
+    a, b = seeds_interval(x), seeds_interval(x[rows][:, columns])
+    assert (b.value, b.half) == (pytest.approx(a.value), pytest.approx(a.half, abs=1e-6))
+
+
+def test_one_seed_is_the_interval_over_episodes():
+    episodes = [0.8, 0.9, 1.0, 0.6]
+    assert seeds_interval([episodes]) == mean_interval(episodes)
+    assert seeds_interval(np.array([episodes]).T) == mean_interval(episodes)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("of_seed", [0.0, 0.02, 0.1, 0.5])
+@pytest.mark.parametrize("of_episode", [0.0, 1.0])
+def test_the_seeds_interval_covers_what_it_says(seeds, of_seed, of_episode):
+    generator = np.random.Generator(np.random.Philox(seeds))
+    trials, episodes = 800, 200
+    x = of_seed * generator.standard_normal((trials, seeds, 1))
+    x = x + of_episode * generator.standard_normal((trials, 1, episodes))
+    x = x + 0.5 * generator.standard_normal((trials, seeds, episodes))
+    missed = sum(seeds_interval(trial).excludes(0) for trial in x)
+    # 5 % of 800 is 40, three standard deviations above it 58; there is no lower limit, the interval is conservative
+    assert missed <= 58
+    if seeds == 5:
+        assert missed >= 10
+
+
+def test_pairing_removes_what_both_methods_share():
+    generator = np.random.Generator(np.random.Philox(1))
+    hard = generator.standard_normal((1, 300))
+    a = hard + 0.05 * generator.standard_normal((3, 300)) + 0.02
+    b = hard + 0.05 * generator.standard_normal((3, 300))
+    difference = paired_difference(a, b)
+    assert difference.value == pytest.approx(a.mean() - b.mean())
+    assert difference.half < seeds_interval(a).half / 5
+    reverse = paired_difference(b, a)
+    assert (reverse.low, reverse.high) == (pytest.approx(-difference.high), pytest.approx(-difference.low))
+    with pytest.raises(ValueError, match="same seeds"):
+        paired_difference(a, b[:2])
+
+
+def test_class_interval_is_wider_where_classes_differ():
+    generator = np.random.Generator(np.random.Philox(2))
+    classes = np.repeat(np.arange(30), 50)
+    skill = np.repeat(generator.uniform(0.5, 1, 30), 50)
+    credit = (generator.random(1500) < skill).astype(float)
+    clustered, naive = class_interval(credit, classes), mean_interval(credit)
+    assert clustered.value == pytest.approx(naive.value)
+    assert clustered.half > 1.8 * naive.half
+    assert (clustered.n, clustered.df) == (30, 29)
+    assert class_interval(credit, np.arange(1500)).half == pytest.approx(naive.half)
+
+
+def test_cluster_interval_golden_with_unequal_clusters():
+    # value 0.6; residuals 8 - 6, 4 - 6, 3 - 3 -> squares 8; se = sqrt(3 / 2 * 8) / 25; t(0.975, 2) = 4.302653
+    interval = cluster_interval([8, 4, 3], [10, 10, 5])
+    assert interval.value == pytest.approx(0.6)
+    assert interval.half == pytest.approx(4.302653 * np.sqrt(12) / 25, rel=1e-6)
+    assert cluster_interval([3], [5]).low is None
+    with pytest.raises(ValueError, match="above 0"):
+        cluster_interval([1, 0], [2, 0])
+    with pytest.raises(ValueError, match="one class"):
+        class_interval([1.0, 0.0], [1])
+
+
+def test_median_interval_is_repeatable_and_brackets_the_median():
+    times = np.random.Generator(np.random.Philox(3)).lognormal(size=25)
+    first = median_interval(times)
+    assert first == median_interval(times)
+    assert first != median_interval(times, seed=1)
+    assert first.value == np.median(times)
+    assert times.min() < first.low < first.value < first.high < times.max()
+    assert median_interval([2.0]) == Interval(2.0, None, None, 1, None)
+
+
+def test_smallest_visible_difference_is_seen_four_times_in_five():
+    x = np.random.Generator(np.random.Philox(4)).standard_normal((1, 400))
+    interval = seeds_interval(x)
+    visible = smallest_visible_difference(interval)
+    assert visible == pytest.approx((1.96592 + 0.84281) * x.std(ddof=1) / 20, rel=1e-4)
+    generator = np.random.Generator(np.random.Philox(5))
+    seen = sum(mean_interval(t).excludes(0) for t in visible + x.std(ddof=1) * generator.standard_normal((600, 400)))
+    assert 0.74 < seen / 600 < 0.86
+    assert smallest_visible_difference(mean_interval([1.0])) is None
+
+
+def around(values, half):
+    return [Interval(v, v - half, v + half, 3, None) for v in values]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=2, max_size=12),
+)
+def test_tau_is_scipys_tau_b(pairs):
+    a, b = zip(*pairs, strict=True)
+    expected = reference.kendalltau(a, b).statistic
+    tau = rank_agreement(around(a, 0.1), around(b, 0.1), draws=10).tau
+    assert tau == pytest.approx(0 if np.isnan(expected) else expected)
+
+
+def test_agreement_counts_only_pairs_decided_on_both_sides():
+    a = around([0.9, 0.8, 0.5], 0.01)
+    b = around([0.8, 0.805, 0.4], 0.01)
+    agreement = rank_agreement(a, b)
+    assert (agreement.pairs, agreement.decided, agreement.alike) == (3, 2, 2)
+    assert agreement.tau == pytest.approx(1 / 3)
+    assert agreement.low <= agreement.tau <= agreement.high
+    turned = rank_agreement(a, around([0.4, 0.6, 0.8], 0.01))
+    assert (turned.tau, turned.decided, turned.alike) == (-1, 3, 0)
+    assert rank_agreement([*a[:2], Interval(0.5, None, None, 1, None)], b).low is None
+    with pytest.raises(ValueError, match="same two or more"):
+        rank_agreement(a, b[:2])
