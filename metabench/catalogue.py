@@ -101,8 +101,7 @@ class Plugin:
 
     def check(self, params: Mapping[str, object]) -> list[str]:
         """Return every mistake in `params`, in the order given, missing ones last; empty when all is well."""
-        problems = [problem for name, value in params.items() if (problem := self.wrong(name, value))]
-        return problems + self.missing(params)
+        return [*filter(None, map(self.wrong, params.keys(), params.values())), *self.missing(params)]
 
     def missing(self, names: Container[str]) -> list[str]:
         """Return a problem for each parameter without a default that is not among `names`."""
@@ -311,23 +310,24 @@ def _read_meta(node: ast.Dict, file: Path) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{file}:{node.lineno}: METABENCH must hold literals only: {error}") from error
     lines = {key.value: key.lineno for key in node.keys if isinstance(key, ast.Constant)}
+
+    def wrong(key: Any, message: str) -> ConfigError:
+        return ConfigError(f"{file}:{lines.get(key, node.lineno)}: METABENCH: {message}")
+
     kind = raw.get("kind")
-    keys = _KEYS.get(kind, _BOTH) if isinstance(kind, str) else _BOTH
-    for key, spec in keys.items():
-        if key not in raw and spec.default is ...:
-            raise ConfigError(f"{file}:{node.lineno}: METABENCH lacks {key!r}: add it ({spec.wanted})")
-        if key in raw and not spec.good(raw[key]):
-            message = f"METABENCH: {key!r} must be {spec.wanted}, not {raw[key]!r}"
-            raise ConfigError(f"{file}:{lines.get(key, node.lineno)}: {message}")
+    keys = _KEYS.get(kind, {}) if isinstance(kind, str) else {}
     for key in raw:
-        if key not in keys:
-            raise ConfigError(
-                f"{file}:{lines.get(key, node.lineno)}: METABENCH: unknown key {key!r}{did_you_mean(str(key), keys)}"
-            )
+        if keys and key not in keys:
+            raise wrong(key, f"unknown key {key!r}{did_you_mean(str(key), keys)}")
+    for key, spec in (keys or _BOTH).items():
+        if key not in raw and spec.default is ...:
+            raise wrong(key, f"{key!r} is missing: add it ({spec.wanted})")
+        if key in raw and not spec.good(raw[key]):
+            raise wrong(key, f"{key!r} must be {spec.wanted}, not {raw[key]!r}")
     meta = {key: raw.get(key, spec.default) for key, spec in keys.items()}
     nested = "train" if kind == "algorithm" else "splits"
     if problem := _train_problem(meta["train"]) if nested == "train" else _splits_problem(meta):
-        raise ConfigError(f"{file}:{lines.get(nested, node.lineno)}: METABENCH: {nested!r}: {problem}")
+        raise wrong(nested, f"{nested!r}: {problem}")
     return meta
 
 

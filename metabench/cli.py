@@ -105,6 +105,7 @@ def run(
         bool, typer.Option("--resume/--no-resume", help="Go on with the newest run of the suite, or start a new one.")
     ] = True,
     extend: Annotated[Path | None, typer.Option(help="Go on with this run folder.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Trainings side by side, the cores shared; timings run alone.")] = 1,
     plan: Annotated[bool, typer.Option("--plan", help="Print what would be measured, and stop.")] = False,
     data_root: DataRoot = None,
 ) -> None:
@@ -124,7 +125,7 @@ def run(
         if plan:
             _print_plan(suite, select, where, numbers, out)
             continue
-        code = max(code, _run(suite, out, select, where, numbers, resume, extend).exit_code)
+        code = max(code, _run(suite, out, select, where, numbers, resume, extend, jobs).exit_code)
     sys.exit(code)
 
 
@@ -136,6 +137,7 @@ def _run(
     seeds: Sequence[int] | None,
     resume: bool,
     extend: Path | None,
+    jobs: int,
 ) -> Outcome:
     from metabench import runner
     from metabench.progress import Show
@@ -143,7 +145,15 @@ def _run(
     stderr = _console(stderr=True)
     with Show(stderr) as show:
         outcome = runner.run(
-            suite, out=out, watch=show, select=select, device=device, seeds=seeds, resume=resume, extend=extend
+            suite,
+            out=out,
+            watch=show,
+            select=select,
+            device=device,
+            seeds=seeds,
+            resume=resume,
+            extend=extend,
+            jobs=jobs,
         )
     _write_reports(outcome.run)
     if outcome.rows == 0:

@@ -25,10 +25,10 @@ WORKER_VARIABLES = {
 }
 
 
-def worker_environment(threads: int | None) -> dict[str, str]:
+def worker_environment(threads: int) -> dict[str, str]:
     """The environment a worker is started with: ours, the variables above, and the thread count."""
-    count = str(threads or cores())
-    return {**os.environ, **WORKER_VARIABLES, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
+    count = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    return {**os.environ, **WORKER_VARIABLES, **count}
 
 
 def cores() -> int:

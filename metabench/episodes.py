@@ -125,7 +125,7 @@ def words(key: int, start: int, rows: int, width: int) -> np.ndarray:
     counters = -(-width // WORDS_PER_COUNTER)
     stream = np.random.Philox(key=key, counter=start * counters)
     raw = stream.random_raw(rows * counters * WORDS_PER_COUNTER)
-    return raw.reshape(rows, -1)[:, :width]
+    return raw.reshape(rows, counters * WORDS_PER_COUNTER)[:, :width]
 
 
 def smallest(keys: np.ndarray, count: int) -> np.ndarray:
@@ -299,7 +299,7 @@ class ImageTasks:
         classes = (angles[:, None] * self._count + members).reshape(-1)
         index = torch.from_numpy(classes[:, None] * self._per_class + np.arange(self._per_class)).reshape(-1)
         table: Tensor | None = None
-        for part in index.split(EMBED_AT_ONCE):
+        for part in torch.split(index, EMBED_AT_ONCE):
             z = embed(self._pixels(part[None])[0])
             table = z.new_zeros((len(self._bank), z.shape[1])) if table is None else table
             table[part.to(z.device)] = z

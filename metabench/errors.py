@@ -1,4 +1,4 @@
-"""The errors metabench raises. Every message names the place and the fix; the CLI prints it and exits with `exit_code`."""
+"""The errors metabench raises: each message names the place and the fix; the CLI prints it, exits with `exit_code`."""
 
 from __future__ import annotations
 

@@ -32,9 +32,10 @@ class Show:
             transient=True,
         )
         self._rows: TaskID | None = None
-        self._training: TaskID | None = None
+        self._trainings: dict[int, TaskID] = {}
+        self._began: dict[int, float] = {}
+        self._said: dict[int, float] = {}
         self._count = self._total = 0
-        self._began = self._said = 0.0
 
     def __enter__(self) -> Show:
         self._bars.start()
@@ -50,27 +51,25 @@ class Show:
         self._count, self._total = done, rows
         self._rows = self._bars.add_task("rows", total=rows, completed=done, more="")
 
-    def job(self, title: str, number: int, jobs: int) -> None:
+    def job(self, number: int, title: str, jobs: int) -> None:
         """Name the job."""
-        self._drop_training()
-        self._began = self._said = time.monotonic()
+        self._began[number] = self._said[number] = time.monotonic()
         self._line(f"({number}/{jobs}) {title}", style="dim")
 
-    def progress(self, step: int, steps: int, metrics: Mapping[str, float]) -> None:
+    def progress(self, job: int, step: int, steps: int, metrics: Mapping[str, float]) -> None:
         """Move the training's bar; off a terminal say a line now and then."""
         shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-        if self._training is None:
-            self._training = self._bars.add_task("training", total=steps, completed=step, more=shown)
-        self._bars.update(self._training, completed=step, total=steps, more=shown)
+        if job not in self._trainings:
+            self._trainings[job] = self._bars.add_task(f"training {job}", total=steps, completed=step, more=shown)
+        self._bars.update(self._trainings[job], completed=step, total=steps, more=shown, visible=step < steps)
         now = time.monotonic()
-        if not self.console.is_terminal and now - self._said > QUIET_SECONDS:
-            self._said = now
-            left = (now - self._began) / max(step, 1) * (steps - step)
-            self._line(f"    step {step}/{steps}, about {left:.0f} s left  {shown}", style="dim")
+        if not self.console.is_terminal and now - self._said[job] > QUIET_SECONDS:
+            self._said[job] = now
+            left = (now - self._began[job]) / max(step, 1) * (steps - step)
+            self._line(f"    ({job}) step {step}/{steps}, about {left:.0f} s left  {shown}", style="dim")
 
     def row(self, row: Measurement) -> None:
         """Say a finished row."""
-        self._drop_training()
         self._count += 1
         if self._rows is not None:
             self._bars.update(self._rows, completed=self._count)
@@ -82,11 +81,6 @@ class Show:
     def note(self, text: str) -> None:
         """Say something the user should know."""
         self._line(f"note: {text}", style="yellow")
-
-    def _drop_training(self) -> None:
-        if self._training is not None:
-            self._bars.remove_task(self._training)
-            self._training = None
 
     def _line(self, text: str, style: str | None = None) -> None:
         self.console.print(escape(text), style=style, soft_wrap=True, highlight=False)

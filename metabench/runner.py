@@ -8,6 +8,7 @@ is missing, trainings going on from their checkpoints.
 from __future__ import annotations
 
 import ast
+import collections
 import contextlib
 import functools
 import hashlib
@@ -18,7 +19,9 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,11 +59,11 @@ class Watch(Protocol):
     def begin(self, run: Run, rows: int, done: int) -> None:
         """The run starts: `done` of `rows` rows need no work."""
 
-    def job(self, title: str, number: int, jobs: int) -> None:
-        """A job starts (a training with its cells, or a timing)."""
+    def job(self, number: int, title: str, jobs: int) -> None:
+        """Job `number` of `jobs` starts: a training with its cells."""
 
-    def progress(self, step: int, steps: int, metrics: Mapping[str, float]) -> None:
-        """A training is at `step` of `steps`."""
+    def progress(self, job: int, step: int, steps: int, metrics: Mapping[str, float]) -> None:
+        """The training of a job is at `step` of `steps`."""
 
     def row(self, row: Measurement) -> None:
         """A row is finished and durable."""
@@ -112,8 +115,11 @@ def run(
     seeds: Sequence[int] | None = None,
     resume: bool = True,
     extend: Path | None = None,
+    jobs: int = 1,
 ) -> Outcome:
     """Run what is pending of the suite, in the newest run of it under `out` (or `extend`, or a new one).
+
+    `jobs` trainings run side by side, with the cores shared among them; timings always run alone.
 
     Raises:
         StoreError: the output folder cannot be written, or is being written by another process.
@@ -134,7 +140,7 @@ def run(
         left = [row for row in chosen if not is_done(row, done)]
         watch.begin(folder, len(chosen), len(chosen) - len(left))
         if left:
-            _Execution(asked, folder, watch, insist=device).execute(left)
+            _Execution(asked, folder, watch, insist=device, jobs=jobs).execute(left)
     finished = folder.measurements()
     bad = [finished[row.key] for row in chosen if not is_done(row, finished) and row.key in finished]
     return Outcome(folder, len(chosen), tuple(bad))
@@ -310,80 +316,129 @@ def _jobs(rows: Iterable[Row]) -> list[_Job]:
 
 
 class _Execution:
-    """One run's work: keeps a worker alive, feeds it jobs, stores what comes back."""
+    """One run's work: `jobs` workers side by side train and score; then one worker alone takes the times."""
 
-    def __init__(self, suite: Suite, folder: Run, watch: Watch, *, insist: str | None) -> None:
-        self.suite, self.folder, self.watch, self.insist = suite, folder, watch, insist
-        self.worker: Worker | None = None
-        self.environment = ""
+    def __init__(self, suite: Suite, folder: Run, watch: Watch, *, insist: str | None, jobs: int) -> None:
+        self.suite, self.folder, self.watch, self.insist, self.lanes = suite, folder, watch, insist, jobs
+        self.hired: set[Worker] = set()
+        self.stopping = False
         self.cuda = False
+        self.lock = threading.RLock()  # one line at a time into the store and onto the screen
 
     def execute(self, rows: Sequence[Row]) -> None:
+        """Do the rows.
+
+        Raises:
+            Interrupted: Ctrl-C or SIGTERM.
+        """
+        threads = self.suite.threads or max(1, environment.cores() // self.lanes)
         try:
-            self._hire()
+            first = self._hire(threads)
             if self.insist == "cuda" and not self.cuda:
                 raise ConfigError("--device cuda: this machine has no CUDA device that torch can use; drop --device")
-            possible = [row for row in rows if not self._skip(row)]
-            jobs = _jobs(possible)
-            trainings = sum(job.mode == "train" for job in jobs)
-            for number, job in enumerate(jobs, 1):
-                if job.mode == "train":
-                    self.watch.job(job.title, number, trainings)
-                self._do(job, number)
+            jobs = _jobs([row for row in rows if not self._skip(row, first)])
+            trainings = [job for job in jobs if job.mode == "train"]
+            self._spread(trainings, self.lanes, threads, first)
+            self._spread(jobs[len(trainings) :], 1, self.suite.threads or environment.cores(), None)
         except KeyboardInterrupt:
-            self.watch.note("stopping: the training's checkpoint is being written (Ctrl-C again to give it up)")
-            if self.worker:
-                self.worker.stop()
+            self._stop()
             raise Interrupted("interrupted; finished rows are kept, the same command goes on from here") from None
         finally:
-            if self.worker:
-                self.worker.close()
+            for worker in self.hired:
+                worker.close()
 
-    def _hire(self) -> Worker:
-        """A live worker; the first one tells what machine this is."""
-        if self.worker is None:
-            self.worker = Worker(self.suite.threads, self.suite.plugins, self.folder.path / "worker.log")
-            hello = self.worker.hello()
-            self.cuda = bool(hello["cuda"])
-            facts = environment.stable({k: hello[k] for k in ("torch", "gpu", "threads")})
-            self.environment = environment.name(facts)
-            self.folder.add_environment(self.environment, {**facts, "readings": environment.volatile()})
-        return self.worker
+    def _spread(self, jobs: Sequence[_Job], lanes: int, threads: int, first: Worker | None) -> None:
+        """Do the jobs in `lanes` lanes, each with a worker of its own; the first error of a lane ends them all."""
+        todo = collections.deque(enumerate(jobs, 1))
+        lanes = min(lanes, len(jobs))
+        with ThreadPoolExecutor(max(lanes, 1)) as pool:
+            started = [
+                pool.submit(self._lane, todo, len(jobs), threads, first if n == 0 else None) for n in range(lanes)
+            ]
+            try:
+                for lane in as_completed(started):
+                    lane.result()
+            except BaseException:
+                todo.clear()
+                self._stop()
+                raise
 
-    def _skip(self, row: Row) -> bool:
+    def _lane(self, todo: collections.deque[tuple[int, _Job]], total: int, threads: int, worker: Worker | None) -> None:
+        while not self.stopping:
+            try:
+                number, job = todo.popleft()
+            except IndexError:
+                break
+            if job.mode == "train":
+                with self.lock:
+                    self.watch.job(number, job.title, total)
+            worker = self._do(job, number, worker, threads)
+        if worker:
+            worker.close()
+
+    def _hire(self, threads: int) -> Worker:
+        """A live worker, and what it says about this machine."""
+        worker = Worker(threads, self.suite.plugins, self.folder.path / "worker.log")
+        self.hired.add(worker)
+        hello = worker.hello()
+        self.cuda = bool(hello["cuda"])
+        facts = environment.stable({k: hello[k] for k in ("torch", "gpu", "threads")})
+        worker.environment = environment.name(facts)
+        with self.lock:
+            self.folder.add_environment(worker.environment, {**facts, "readings": environment.volatile()})
+        return worker
+
+    def _stop(self) -> None:
+        """Ask all workers to save and end, and wait for them; a second Ctrl-C ends them at once."""
+        if not self.stopping:
+            self.stopping = True
+            self.watch.note("stopping: checkpoints are being written (Ctrl-C again to give them up)")
+            with contextlib.suppress(KeyboardInterrupt):
+                for worker in self.hired:
+                    worker.ask_to_stop()
+                for worker in self.hired:
+                    worker.wait()
+
+    def _skip(self, row: Row, worker: Worker) -> bool:
         """Store rows that cannot run here or at all, with the reason."""
         reason = unsupported(row.cell, self.suite.catalogue)
+        digest = row.hash
         if reason is None and row.cell.device == "cuda" and not self.cuda:
-            reason = "no CUDA device on this machine"
+            reason, digest = "no CUDA device on this machine", "no-cuda"  # not final: another machine may have one
         if reason is None:
             return False
-        final = row.cell.device != "cuda" or self.cuda
-        self._store(row, {"status": "skipped", "reason": reason}, digest=row.hash if final else "no-cuda")
+        self._store(row, {"status": "skipped", "reason": reason}, worker.environment, digest=digest)
         return True
 
-    def _do(self, job: _Job, number: int) -> None:
+    def _do(self, job: _Job, number: int, worker: Worker | None, threads: int) -> Worker | None:
+        """Do one job; returns the worker for the next one, or None if it died."""
         left = {row.key: row for row in job.rows}
         message = job.message(number, self.suite, self.folder, _sources(self.suite.catalogue, job.rows[0].cell))
+        place = worker.environment if worker else ""
         try:
-            worker = self._hire()
+            worker = worker or self._hire(threads)
+            place = worker.environment
             worker.send(message)
             for heard in worker.messages():
                 if heard["kind"] == "progress":
-                    self.watch.progress(heard["step"], heard["steps"], heard["metrics"])
+                    with self.lock:
+                        self.watch.progress(number, heard["step"], heard["steps"], heard["metrics"])
                 elif heard["kind"] == "result":
-                    self._store(left.pop((heard["cell"], heard["measure"])), heard)
+                    self._store(left.pop((heard["cell"], heard["measure"])), heard, place)
                 elif heard["kind"] == "log":
                     worker.log(heard["text"])
                 elif heard["kind"] == "done":
                     break
         except WorkerError as error:
-            self.worker = None
-            for row in left.values():
-                self._store(row, {"status": "failed", "reason": str(error)})
+            worker = None
+            if not self.stopping:
+                for row in left.values():
+                    self._store(row, {"status": "failed", "reason": str(error)}, place)
         if job.mode == "train" and not left:
             Path(message["checkpoint"]).unlink(missing_ok=True)
+        return worker
 
-    def _store(self, row: Row, heard: Mapping[str, Any], *, digest: str | None = None) -> None:
+    def _store(self, row: Row, heard: Mapping[str, Any], place: str, *, digest: str | None = None) -> None:
         samples = heard.get("samples")
         measurement = Measurement(
             cell=row.cell.id,
@@ -392,12 +447,13 @@ class _Execution:
             reason=heard.get("reason", ""),
             unit=heard.get("unit", ""),
             hash=digest or row.hash,
-            environment=self.environment,
+            environment=place,
             at=datetime.now(UTC).isoformat(timespec="seconds"),
             facts=heard.get("facts", {}),
             **(_summary(samples) if samples else {}),
         )
-        self.watch.row(self.folder.append(measurement, samples))
+        with self.lock:
+            self.watch.row(self.folder.append(measurement, samples))
 
 
 def _summary(samples: Mapping[str, Any]) -> dict[str, Any]:
@@ -413,7 +469,8 @@ def _summary(samples: Mapping[str, Any]) -> dict[str, Any]:
 class Worker:
     """The worker process as its parent sees it."""
 
-    def __init__(self, threads: int | None, plugins: Sequence[Path], log: Path) -> None:
+    def __init__(self, threads: int, plugins: Sequence[Path], log: Path) -> None:
+        self.environment = ""
         variables = environment.worker_environment(threads)
         variables["METABENCH_PLUGINS"] = json.dumps([str(p) for p in plugins])
         self._log = log.open("a", encoding="utf-8")
@@ -457,17 +514,17 @@ class Worker:
         self._log.write(text + "\n")
         self._log.flush()
 
-    def stop(self) -> None:
-        """Ask for a stop, and wait until the worker has saved its checkpoint."""
+    def ask_to_stop(self) -> None:
+        """Ask it to save its checkpoint and end."""
         with contextlib.suppress(WorkerError):
             self.send({"kind": "stop"})
-        assert self._process.stdout is not None
-        with contextlib.suppress(KeyboardInterrupt):
-            for _ in self._process.stdout:  # a full pipe must not keep it from ending
-                pass
+
+    def wait(self) -> None:
+        """Wait for its end."""
+        self._process.wait()
 
     def close(self) -> None:
-        """End the worker at once, whatever it does."""
+        """End it at once, whatever it does."""
         with contextlib.suppress(OSError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

@@ -27,10 +27,11 @@ FINAL: frozenset[str] = frozenset({"ok", "skipped"})  # the others are pending a
 Key = tuple[str, str]  # (cell id, measure)
 
 COLUMNS = (
-    "run suite cell algorithm params backbone dataset split ways shots queries bn_mode device precision seed measure "
-    "unit n value ci_low ci_high sd status reason environment "
-    "rotations norm selection train_spec train_steps tasks threads kernel episodes_hash training code"
-).split()
+    "run", "suite", "cell", "algorithm", "params", "backbone", "dataset", "split", "ways", "shots", "queries",
+    "bn_mode", "device", "precision", "seed", "measure", "unit", "n", "value", "ci_low", "ci_high", "sd", "status",
+    "reason", "environment", "rotations", "norm", "selection", "train_spec", "train_steps", "tasks", "threads",
+    "kernel", "episodes_hash", "training", "code",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,11 @@ class Run:
         """The newest run of `suite` under `out` that this version can read, or None."""
         stamped = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{6}")
         folder = out / suite
-        names = sorted((p.name for p in folder.iterdir() if stamped.fullmatch(p.name)), reverse=True) if folder.is_dir() else []
+        names = (
+            sorted((p.name for p in folder.iterdir() if stamped.fullmatch(p.name)), reverse=True)
+            if folder.is_dir()
+            else []
+        )
         for name in names:
             with contextlib.suppress(StoreError):
                 return cls.open(folder / name)
@@ -136,7 +141,9 @@ class Run:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise StoreError(f"{self.path}: another metabench is writing this run; wait for it or stop it") from error
+                raise StoreError(
+                    f"{self.path}: another metabench is writing this run; wait for it or stop it"
+                ) from error
             for name in ("samples.jsonl", "measurements.jsonl"):
                 _cut_torn_line(self.path / name)
             yield
@@ -220,9 +227,7 @@ class Run:
 
 def pending(keys: Iterable[tuple[Key, str]], done: Mapping[Key, Measurement]) -> list[Key]:
     """The (key, hash) pairs that still need work: absent, not final, or made by something else than `hash`."""
-    return [
-        key for key, digest in keys if key not in done or done[key].status not in FINAL or done[key].hash != digest
-    ]
+    return [key for key, digest in keys if key not in done or done[key].status not in FINAL or done[key].hash != digest]
 
 
 def _row(run: Run, cell: Mapping[str, Any], m: Measurement) -> dict[str, Any]:
@@ -289,5 +294,3 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
             except ValueError as error:
                 raise StoreError(f"{file}:{number}: damaged line ({error}); delete that line to go on") from error
             yield record
-
-

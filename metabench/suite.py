@@ -206,7 +206,7 @@ class _Expansion:
                         self._add(where, task, choice, [(device, precision, seed)])
 
     def _check_whole(self) -> None:
-        """Report an unknown reference and, unless that may be only the consequence of other mistakes, an empty suite."""
+        """Report an unknown reference and, unless other mistakes may be why, an empty suite."""
         reference, clean = self.entry.reference, not self.document.problems
         if clean and not self.found:
             self.document.report((), "the suite has no cells: add a grid of tasks and algorithms, or cells")

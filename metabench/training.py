@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -128,7 +128,8 @@ def resolve_steps(plan: Plan) -> int:
         start = time.perf_counter()
         trainer.step(next_batch(plan.source, plan.spec, twin.feeds, step))
         seconds.append(time.perf_counter() - start)
-    return max(1, round(plan.spec["seconds"] / float(np.median(seconds[3:]))))
+    each = statistics.median(seconds[3:])
+    return max(1, round(float(plan.spec["seconds"]) / each))
 
 
 def _select(algorithm: Algorithm, validation: TaskDistribution, progress: Progress) -> None:
@@ -136,7 +137,7 @@ def _select(algorithm: Algorithm, validation: TaskDistribution, progress: Progre
     algorithm.eval()
     scores = score_episodes(algorithm.adapt, validation, VALIDATION_EPISODES).scores
     algorithm.train()
-    better = float(np.mean(scores)) * (1 if algorithm.problem.loss == "cross_entropy" else -1)
+    better = statistics.fmean(scores) * (1 if algorithm.problem.loss == "cross_entropy" else -1)
     if better > progress.best:
         progress.best, progress.best_step = better, progress.step
         progress.best_state = {k: v.detach().clone() for k, v in algorithm.state_dict().items()}

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - the golden texts below are as wide as what they show
 import csv
 import io
 import json
@@ -6,7 +7,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -267,6 +268,19 @@ def test_adaptation_is_per_task_and_times_of_two_machines_are_cautioned():
     assert any("different machines" in text for text in made.footer)
 
 
+def test_times_of_several_seeds_are_their_median():
+    run = Results().add("protonet", 0.95).time("protonet", "train_time", 100.0)
+    run.rows[-1]["value"], run.rows[-1]["ci_high"] = 400.0, 500.0
+    found = row(only(run.data()), "protonet").train_time
+    assert (found.value, found.low, found.high, found.n) == (100, 90, 500, 15)
+
+
+def test_a_seed_that_failed_before_it_had_a_backbone_belongs_to_its_method():
+    run = Results().add("protonet", 0.95, seeds=(0, 1)).add("protonet", "failed", seeds=(2,), backbone=None)
+    found = row(only(run.data()), "protonet")
+    assert (found.seeds, found.failed_seeds, found.mark) == (2, 1, "")
+
+
 def test_a_suite_of_times_only_gets_a_table_of_times():
     run = Results().add("protonet", 0.95).add("maml", 0.9)
     run.time("protonet", "adapt_time", 0.002).time("maml", "adapt_time", 0.1)
@@ -395,6 +409,7 @@ AWKWARD = st.text(st.sampled_from("ab|_&%<>$#{}~^\\*[]` "), min_size=1, max_size
 
 
 @given(AWKWARD)
+@settings(max_examples=25, deadline=None)
 def test_markdown_escapes_names(name):
     text = render(Results().add(name, 0.9, seeds=(0,)).data(), "md")
     line = next(line for line in text.splitlines() if line.startswith("| x"))
@@ -406,6 +421,7 @@ def test_markdown_escapes_names(name):
 
 
 @given(AWKWARD)
+@settings(max_examples=25, deadline=None)
 def test_latex_escapes_names(name):
     text = latex.escape(name)
     for command in latex.SPECIAL.values():

@@ -49,7 +49,7 @@ def _measures(rows: pd.DataFrame) -> list[str]:
 
 def _reference(found: Sequence[Method], reference: str | None) -> Method | None:
     named = [m for m in found if (not m.control if reference is None else reference in (m.label, m.algorithm))]
-    scored = [m for m in named if m.quality() is not None]
+    scored = [m for m in named if m.quality is not None]
     return scored[0] if scored else None
 
 
@@ -86,7 +86,7 @@ def _grouped(found: Sequence[Method]) -> dict[str, list[Method]]:
 
 
 def _row(m: Method, data: RunData, reference: Method | None, notes: _Notes) -> Row:
-    quality, finished, unfinished = m.quality(), m.of(m.measure), m.unfinished
+    quality, finished, unfinished = m.quality, m.of(m.measure), m.unfinished
     fine = quality is not None or unfinished.empty or (not m.measure and any(len(m.of(name)) for name in COSTS))
     status, reason = ("ok", "") if fine else _outcome(unfinished)
     row = Row(m.label, m.algorithm, status, reason, len(finished), len(unfinished), quality)
@@ -150,11 +150,11 @@ def _to_reference(m: Method, reference: Method | None) -> Interval | None:
 
 def _ranking(members: Sequence[Method]) -> tuple[dict[str, Mark], str]:
     """The mark of the best of one block and the sentence that says what the paired differences support."""
-    ranked = [m for m in members if m.quality() and not m.budget_in_seconds and m.unfinished.empty]
+    ranked = [m for m in members if m.quality and not m.budget_in_seconds and m.unfinished.empty]
     if len(ranked) < 2:
         return {}, ""
     sign = -1 if ranked[0].measure.startswith("mse") else 1
-    values = [sign * q.value for m in ranked if (q := m.quality())]
+    values = [sign * q.value for m in ranked if (q := m.quality)]
     top = ranked[values.index(max(values))]
     pairs = [(m, *difference(top, m)) for m in ranked if m is not top]
     open_pairs = [m.label for m, d, _ in pairs if d is None or not d.excludes(0)]
@@ -174,7 +174,8 @@ def _order(measure: str) -> Callable[[Row], tuple[bool, float]]:
 
 
 def _visible(rows: Iterable[Row]) -> tuple[float, float] | None:
-    found = [smallest_visible_difference(row.difference) for row in rows if row.difference]
+    whole = [row.difference for row in rows if row.difference and not row.failed_seeds]
+    found = [smallest_visible_difference(interval) for interval in whole]
     known = [value for value in found if value]
     return (min(known), max(known)) if known else None
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from metabench.report.model import RunData
 from metabench.stats import Interval, cluster_interval, mean_interval, paired_difference, seeds_interval
 
 TASK = ("dataset", "split", "ways", "shots", "queries", "rotations", "device", "precision")
-IDENTITY = ("algorithm", "params", "backbone", "bn_mode", "train_spec")
+IDENTITY = ("algorithm", "params", "bn_mode", "train_spec")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Method:
         """Whether training ended by the clock (a train_spec such as 5w1s15q*75s): never ranked."""
         return re.search(r"\*\s*[\d.]+\s*s(ec(onds?)?)?$", first(self.rows, "train_spec")) is not None
 
+    @cached_property
     def quality(self) -> Interval | None:
         """The mean score with its interval: over seeds and shared episodes, over episodes for a single seed."""
         if self.scores is not None:
@@ -104,7 +106,7 @@ def difference(a: Method, b: Method) -> tuple[Interval | None, int]:
         if len(seeds) and len(episodes):
             pair = [frame.loc[seeds, episodes].to_numpy() for frame in (x, y)]
             return paired_difference(*pair), len(seeds)
-    p, q = a.quality(), b.quality()
+    p, q = a.quality, b.quality
     if p is None or q is None:
         return None, 0
     return Interval(p.value - q.value, None, None, 1, None), 0
@@ -176,14 +178,13 @@ def _labels(groups: Sequence[pd.DataFrame]) -> list[str]:
 
 
 def _settings(group: pd.DataFrame) -> dict[str, str]:
-    """All that may tell two rows apart, as text: the parameters, the backbone, the training."""
+    """All that may tell two rows of a bn_mode apart, as text: the training and the parameters (backbone among them)."""
     text = first(group, "params")
     try:
         params = json.loads(text) if text else {}
     except json.JSONDecodeError:
         params = {"params": text}
-    extra = {"backbone": first(group, "backbone"), "train": first(group, "train_spec")}
-    return {**extra, **{key: json.dumps(value) for key, value in params.items()}}
+    return {"train": first(group, "train_spec"), **{key: json.dumps(value) for key, value in params.items()}}
 
 
 def _plain(value: str) -> str:

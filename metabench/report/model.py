@@ -11,13 +11,8 @@ import pandas as pd
 from metabench.errors import StoreError
 from metabench.report.published import Published
 from metabench.stats import Interval
+from metabench.store import COLUMNS as RESULT_COLUMNS
 
-RESULT_COLUMNS = (
-    "run", "suite", "cell", "algorithm", "params", "backbone", "dataset", "split", "ways", "shots", "queries",
-    "bn_mode", "device", "precision", "seed", "measure", "unit", "n", "value", "ci_low", "ci_high", "sd", "status",
-    "reason", "environment", "rotations", "norm", "selection", "train_spec", "train_steps", "tasks", "threads",
-    "kernel", "episodes_hash", "training", "code",
-)  # fmt: skip
 EPISODE_COLUMNS = ("cell", "seed", "measure", "episode", "hash", "score")
 CLASS_COLUMNS = ("cell", "seed", "measure", "class", "queries", "credit")
 CONTROLS = frozenset({"chance", "pixel-nn", "untrained", "oracle"})
