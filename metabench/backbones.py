@@ -69,7 +69,7 @@ class Backbone(nn.Module):
         """Features (T, m, d) of queries x (T, m, *shape), normalised as `norm` says."""
         if self.norm == "running":
             return self._ordinary_features(x)
-        if self.norm == "batch":
+        if self.norm in ("batch", "layer"):
             return self.apply_to(params, x)[0]
         if self.norm == "each":
             return self._each(params, x, support)

@@ -9,6 +9,7 @@ printing it again gives the same text, and unequal cells have unequal ids; so an
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -338,7 +339,7 @@ def _parse_task(text: str, shape: Sequence[str | None], catalogue: Catalogue) ->
 
 def _parse_train(text: str) -> TrainSpec:
     match = _TRAIN.fullmatch(text)
-    if match is None:
+    if match is None or (match[7] is not None and not 0 < float(match[7]) < math.inf):
         raise ValueError(f"no training reads {text!r}")
     *counts, seconds = match.groups()
     ways, shots, queries, tasks, batch, steps = (None if digits is None else int(digits) for digits in counts)

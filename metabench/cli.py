@@ -42,6 +42,7 @@ DataRoot = Annotated[
     Path | None,
     typer.Option(help="Folder with data sets, e.g. DIR/omniglot/images_background.zip.", envvar="METABENCH_DATA"),
 ]
+DataName = Annotated[str, typer.Argument(help="A data set that has files; see `metabench data ls`.")]
 
 
 def main() -> None:
@@ -54,6 +55,8 @@ def main() -> None:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    except OSError as error:  # of standard output, mostly; the store explains its own
+        _fail(f"{error.filename or 'cannot write the output'}: {error.strerror or error}", 2)
     except BrokenPipeError:  # the reader of our output has gone (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -72,7 +75,7 @@ def _fail(message: str, code: int) -> NoReturn:
 def _console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr)
+    return Console(stderr=stderr, emoji=False)  # a path may hold :tada:
 
 
 def _version(wanted: bool) -> None:
@@ -110,6 +113,7 @@ def run(
     data_root: DataRoot = None,
 ) -> None:
     """Run suites: what is measured already is kept, what is missing is measured, then the tables are printed."""
+    from metabench.store import Run
     from metabench.suite import load_suite
 
     _use_data_root(data_root)
@@ -123,7 +127,7 @@ def run(
     code = 0
     for suite in chosen:
         if plan:
-            _print_plan(suite, select, where, numbers, out)
+            _print_plan(suite, select, where, numbers, Run.open(extend) if extend else Run.newest(out, suite.name))
             continue
         code = max(code, _run(suite, out, select, where, numbers, resume, extend, jobs).exit_code)
     sys.exit(code)
@@ -180,12 +184,12 @@ def _write_reports(folder: Run) -> None:
             file.write(markdown)
 
 
-def _print_plan(suite: Suite, select: str, device: str | None, seeds: Sequence[int] | None, out: Path) -> None:
+def _print_plan(
+    suite: Suite, select: str, device: str | None, seeds: Sequence[int] | None, newest: Run | None
+) -> None:
     from metabench import runner
-    from metabench.store import Run
 
     rows = runner.select_rows(runner.plan(runner.override(suite, seeds=seeds, device=device)), select)
-    newest = Run.newest(out, suite.name)
     done = newest.measurements() if newest else {}
     for row in rows:
         typer.echo(f"{'done' if runner.is_done(row, done) else 'to do':5}  {row.cell.id}  {row.measure}")
@@ -250,7 +254,7 @@ def data_ls(data_root: DataRoot = None) -> None:
 
 
 @data_app.command("fetch")
-def data_fetch(name: str, data_root: DataRoot = None) -> None:
+def data_fetch(name: DataName, data_root: DataRoot = None) -> None:
     """Download a data set with its checksum (or take it from the data root), and decode it into the cache."""
     from metabench import listing
 
@@ -260,7 +264,7 @@ def data_fetch(name: str, data_root: DataRoot = None) -> None:
 
 
 @data_app.command("verify")
-def data_verify(name: str, data_root: DataRoot = None) -> None:
+def data_verify(name: DataName, data_root: DataRoot = None) -> None:
     """Read a data set again from its source and compare it with its golden content hash."""
     from metabench import listing
 

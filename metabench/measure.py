@@ -54,8 +54,8 @@ def run_job(job: Job, shop: Workshop) -> None:
     left = [(cell["id"], measure) for cell in job["cells"] for measure in cell["measures"]]
 
     def result(cell: str, measure: str, status: str, **content: Any) -> None:
-        left.remove((cell, measure))
         shop.emit("result", cell=cell, measure=measure, status=status, **content)
+        left.remove((cell, measure))
 
     def rest(status: str, reason: str) -> None:
         for cell, measure in list(left):
@@ -198,7 +198,7 @@ class _Cells:
         wait = torch.cuda.synchronize if self.job["device"] == "cuda" else lambda: None
         with torch.no_grad():
             seconds = timing.sample(lambda: algorithm.adapt(episode.support, seeds=episode.seeds), synchronise=wait)
-        self.result(cell["id"], "adapt_time", "ok", unit="s", samples={"seconds": seconds}, facts=facts)
+        self.result(cell["id"], "adapt_time", "ok", unit="s", samples={"seconds": seconds}, facts={**facts, "tasks": 1})
 
 
 def build(job: Job, shop: Workshop, problem: Problem) -> Algorithm:

@@ -32,7 +32,7 @@ from metabench import environment
 from metabench.catalogue import Catalogue
 from metabench.cells import Cell, matches, unsupported
 from metabench.errors import ConfigError, Interrupted, WorkerError
-from metabench.store import FINAL, Key, Measurement, Run
+from metabench.store import FINAL, NOT_HERE, Key, Measurement, Run
 from metabench.suite import Suite
 
 PACKAGE = Path(metabench.__file__).parent
@@ -142,7 +142,7 @@ def run(
         if left:
             _Execution(asked, folder, watch, insist=device, jobs=jobs).execute(left)
     finished = folder.measurements()
-    bad = [finished[row.key] for row in chosen if not is_done(row, finished) and row.key in finished]
+    bad = [finished[row.key] for row in chosen if finished[row.key].status not in FINAL]
     return Outcome(folder, len(chosen), tuple(bad))
 
 
@@ -158,7 +158,7 @@ def is_done(row: Row, done: Mapping[Key, Measurement]) -> bool:
 
 
 def _tell_stale(rows: Iterable[Row], done: Mapping[Key, Measurement], watch: Watch) -> None:
-    stale = [row for row in rows if row.key in done and done[row.key].hash != row.hash]
+    stale = [row for row in rows if row.key in done and done[row.key].hash not in (row.hash, NOT_HERE)]
     if stale:
         names = ", ".join(sorted({row.cell.algorithm for row in stale}))
         watch.note(f"{len(stale)} rows are measured again: their code, protocol or torch changed ({names})")
@@ -282,7 +282,9 @@ class _Job:
         for row in self.rows:
             measures.setdefault(row.cell.id, []).append(row.measure)
         shapes = {row.cell.id: row.cell for row in self.rows}
-        name = hashlib.sha256(f"{cell.training_id} {digest}".encode()).hexdigest()[:16]
+        version = importlib.metadata.version("torch")
+        what = [cell.training_id, digest, suite.evaluation.selection, suite.evaluation.seed, version]
+        name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
         return {
             "kind": "job",
             "id": number,
@@ -393,18 +395,22 @@ class _Execution:
         if not self.stopping:
             self.stopping = True
             self.watch.note("stopping: checkpoints are being written (Ctrl-C again to give them up)")
-            with contextlib.suppress(KeyboardInterrupt):
-                for worker in self.hired:
+            hired = list(self.hired)  # a lane may be hiring
+            try:
+                for worker in hired:
                     worker.ask_to_stop()
-                for worker in self.hired:
+                for worker in hired:
                     worker.wait()
+            except KeyboardInterrupt:
+                for worker in hired:
+                    worker.kill()
 
     def _skip(self, row: Row, worker: Worker) -> bool:
         """Store rows that cannot run here or at all, with the reason."""
         reason = unsupported(row.cell, self.suite.catalogue)
         digest = row.hash
         if reason is None and row.cell.device == "cuda" and not self.cuda:
-            reason, digest = "no CUDA device on this machine", "no-cuda"  # not final: another machine may have one
+            reason, digest = "no CUDA device on this machine", NOT_HERE
         if reason is None:
             return False
         self._store(row, {"status": "skipped", "reason": reason}, worker.environment, digest=digest)
@@ -434,8 +440,14 @@ class _Execution:
             if not self.stopping:
                 for row in left.values():
                     self._store(row, {"status": "failed", "reason": str(error)}, place)
+        except BaseException:
+            if worker:
+                worker.kill()  # nobody hears it any more: it would wait for ever at a full pipe
+            raise
         if job.mode == "train" and not left:
-            Path(message["checkpoint"]).unlink(missing_ok=True)
+            checkpoint = Path(message["checkpoint"])
+            for file in checkpoint.parent.glob(f"{checkpoint.stem}.*"):  # and what a kill left half written
+                file.unlink(missing_ok=True)
         return worker
 
     def _store(self, row: Row, heard: Mapping[str, Any], place: str, *, digest: str | None = None) -> None:
@@ -487,7 +499,10 @@ class Worker:
 
     def hello(self) -> dict[str, Any]:
         """The worker's first message: torch, devices, threads."""
-        return next(self.messages())
+        try:
+            return next(self.messages())
+        except WorkerError as error:
+            raise WorkerError(f"{self._log.name}: at its start, {error}") from error
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Send one message."""
@@ -506,7 +521,8 @@ class Worker:
         """
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            yield json.loads(line)
+            if line.endswith("\n"):  # else it died while saying it
+                yield json.loads(line)
         raise WorkerError(self._death())
 
     def log(self, text: str) -> None:
@@ -516,18 +532,24 @@ class Worker:
 
     def ask_to_stop(self) -> None:
         """Ask it to save its checkpoint and end."""
-        with contextlib.suppress(WorkerError):
-            self.send({"kind": "stop"})
+        if self._process.poll() is None:
+            with contextlib.suppress(WorkerError):
+                self.send({"kind": "stop"})
 
     def wait(self) -> None:
         """Wait for its end."""
         self._process.wait()
 
-    def close(self) -> None:
+    def kill(self) -> None:
         """End it at once, whatever it does."""
-        with contextlib.suppress(OSError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        if self._process.poll() is None:
+            with contextlib.suppress(OSError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+
+    def close(self) -> None:
+        """End it at once, and close all that leads to it."""
+        self.kill()
         for stream in (self._process.stdin, self._process.stdout, self._log):
             with contextlib.suppress(OSError):
                 if stream:

@@ -16,14 +16,17 @@ import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from metabench.errors import StoreError
 
 SCHEMA_VERSION = 1
+MANIFEST_KEYS = frozenset({"suite", "cells", "rows", "controls"})  # what reading a run relies on
 Status = Literal["ok", "skipped", "failed", "timeout", "diverged"]
 FINAL: frozenset[str] = frozenset({"ok", "skipped"})  # the others are pending again on the next run
+NOT_HERE = "not-here"  # the hash of a row that this machine cannot measure: shown, and pending on another machine
 Key = tuple[str, str]  # (cell id, measure)
 
 COLUMNS = (
@@ -101,13 +104,16 @@ class Run:
         try:
             manifest = json.loads(file.read_text(encoding="utf-8"))
             version = manifest["schema_version"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            missing = MANIFEST_KEYS - manifest.keys()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{file}: cannot be read as a run's manifest ({error}); the run is damaged") from error
         if version != SCHEMA_VERSION:
             raise StoreError(
                 f"{path}: a run of schema {version}, this metabench reads schema {SCHEMA_VERSION}; "
                 "use the metabench version that made it, or run the suite again"
             )
+        if missing:
+            raise StoreError(f"{file}: lacks {', '.join(sorted(missing))}; the run is damaged")
         return cls(path.resolve(), manifest)
 
     @classmethod
@@ -163,27 +169,38 @@ class Run:
         return Measurement(**record)
 
     def measurements(self) -> dict[Key, Measurement]:
-        """The last measurement of every key, whatever its status or hash."""
-        found = {}
-        for record in _lines(self.path / "measurements.jsonl"):
-            measurement = Measurement(**record)
-            found[measurement.key] = measurement
+        """The last measurement of every key, whatever its status or hash; one whose raw samples are lost is none."""
+        file = self.path / "measurements.jsonl"
+        found: dict[Key, Measurement] = {}
+        with _reading(self.path / "samples.jsonl") as samples:
+            end = _end_of_lines(samples)
+            for number, record in enumerate(_lines(file), 1):
+                try:
+                    measurement = Measurement(**record)
+                except TypeError as error:
+                    raise StoreError(f"{file}:{number}: not a measurement; delete that line to go on") from error
+                if measurement.samples is None or _is_of(measurement, samples, end):
+                    found[measurement.key] = measurement
         return found
 
     def samples(self, measurement: Measurement) -> dict[str, Any]:
         """The raw samples of a measurement (empty when it has none)."""
         if measurement.samples is None:
             return {}
-        with (self.path / "samples.jsonl").open("rb") as file:
-            file.seek(measurement.samples)
-            line: dict[str, Any] = json.loads(file.readline())
+        file = self.path / "samples.jsonl"
+        try:
+            with file.open("rb") as handle:
+                handle.seek(measurement.samples)
+                line: dict[str, Any] = json.loads(handle.readline())
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{file}: the samples of {measurement.cell} {measurement.measure} are damaged") from error
         return line
 
     def current(self) -> dict[Key, Measurement]:
-        """The valid measurement of each of the manifest's rows: the last one whose hash is the row's."""
+        """The valid measurement of each of the manifest's rows: the last one, if its hash is the row's."""
         last = self.measurements()
         rows = {(row["cell"], row["measure"]): row["hash"] for row in self.manifest["rows"]}
-        return {key: last[key] for key, digest in rows.items() if key in last and last[key].hash == digest}
+        return {key: last[key] for key, digest in rows.items() if key in last and last[key].hash in (digest, NOT_HERE)}
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of results.csv, in the manifest's order; a row that was never measured is missing."""
@@ -208,14 +225,21 @@ class Run:
         target = self.path / name
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
         with _disk(self.path):
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(target)
+            try:
+                temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+                temporary.replace(target)
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
         return target
 
     def environments(self) -> dict[str, Any]:
         """The machines that made this run's rows, by id."""
         file = self.path / "environment.json"
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        try:
+            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{file}: damaged ({error}); delete it to go on") from error
         return found
 
     def add_environment(self, name: str, fingerprint: Mapping[str, Any]) -> None:
@@ -257,8 +281,10 @@ def _disk(path: Path) -> Iterator[None]:
 
 
 def _append_line(file: Path, record: Mapping[str, Any]) -> int:
-    data = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    with file.open("ab") as handle:
+    # a name that is no Unicode becomes a JSON escape
+    data = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
+    # unbuffered: a buffer would try again, and fail again, on truncating and on closing
+    with file.open("ab", buffering=0) as handle:
         offset = handle.seek(0, os.SEEK_END)
         try:
             _write_all(handle, data)
@@ -268,10 +294,45 @@ def _append_line(file: Path, record: Mapping[str, Any]) -> int:
     return offset
 
 
-def _write_all(handle: IO[bytes], data: bytes) -> None:
-    handle.write(data)
-    handle.flush()
+def _write_all(handle: FileIO, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[handle.write(rest) :]
     os.fsync(handle.fileno())
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[IO[bytes] | None]:
+    if not file.exists():
+        yield None
+        return
+    with file.open("rb") as handle:
+        yield handle
+
+
+def _end_of_lines(samples: IO[bytes] | None) -> int:
+    """Where the last whole line ends: what comes after it a kill left torn."""
+    if samples is None:
+        return 0
+    end = samples.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 65536)
+        samples.seek(start)
+        found = samples.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
+
+
+def _is_of(measurement: Measurement, samples: IO[bytes] | None, end: int) -> bool:
+    """Whether the pointer leads to the measurement's own samples: not so in a folder that was copied in the middle."""
+    if samples is None or measurement.samples is None or not 0 <= measurement.samples < end:
+        return False
+    begin = json.dumps({"cell": measurement.cell, "measure": measurement.measure}, ensure_ascii=False)[:-1]
+    wanted = begin.encode("utf-8", "backslashreplace")
+    samples.seek(measurement.samples)
+    return samples.read(len(wanted)) == wanted
 
 
 def _cut_torn_line(file: Path) -> None:

@@ -171,7 +171,9 @@ class SuiteEntry(_Entry):
     )
     cells: list[CellEntry] = Field(default=[], description="Explicit cells, besides the grid or instead of it.")
     train: TrainEntry = Field(default=TrainEntry(), description="Training of all algorithms that do not say otherwise.")
-    evaluation: EvaluationEntry = Field(default=EvaluationEntry(), description="How quality is measured.")
+    evaluation: EvaluationEntry = Field(
+        default=EvaluationEntry(), description="The test episodes and the weights tested."
+    )
     measures: Annotated[list[Measure], AfterValidator(_distinct)] = Field(
         default=["accuracy", "mse", "mse_before", "train_time", "adapt_time"],
         min_length=1,
@@ -321,7 +323,7 @@ _WANTED = {
     "model_type": "a mapping",
     "dict_type": "a mapping",
     "too_short": "a list of at least one value",
-    "greater_than": "above {gt}",
+    "greater_than": "above {gt:g}",
     "greater_than_equal": "at least {ge}",
     "less_than_equal": "at most {le}",
     "literal_error": "{expected}",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metabench.algorithms.base import Algorithm, Trainer
 from metabench.episodes import Batch, Episode, TaskDistribution
-from metabench.errors import Diverged
+from metabench.errors import Diverged, StoreError
 from metabench.scoring import Stopped, score_episodes
 
 PROGRESS_SECONDS = 0.5
@@ -80,7 +80,6 @@ def train(algorithm: Algorithm, plan: Plan) -> dict[str, Any]:
     return {
         "train_steps": progress.steps,
         "train_seconds": progress.seconds,
-        "tasks": plan.spec.get("tasks"),
         "resumed": progress.resumed,
         "selected_step": progress.best_step or progress.steps,
     }
@@ -152,8 +151,12 @@ def _save(file: Path, algorithm: Algorithm, trainer: Trainer, progress: Progress
         "generator": torch.get_rng_state(),
         "progress": vars(progress),
     }
-    torch.save(state, temporary)
-    temporary.replace(file)
+    try:
+        torch.save(state, temporary)
+        temporary.replace(file)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise StoreError(f"{file.parent}: cannot write the training's checkpoint: the disk may be full") from error
 
 
 def _load(file: Path) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 PROTOCOL = 1
+ORPHAN_SECONDS = 20.0  # a worker whose parent is gone has so long to save its checkpoint
 
 
 class Line:
@@ -46,6 +47,10 @@ class Line:
             if message["kind"] == "stop":
                 break
             self.jobs.put(message)
+        else:  # the parent is gone: nobody else would end a plug-in that hangs
+            guard = threading.Timer(ORPHAN_SECONDS, os._exit, (1,))
+            guard.daemon = True
+            guard.start()
         self._stop.set()
         self.jobs.put(None)
 

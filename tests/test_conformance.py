@@ -294,8 +294,8 @@ def test_training_learns_what_is_easy(case: Case) -> None:
     algorithm = fresh(case)
     if algorithm.feeds is None:
         pytest.skip("nothing to train")
-    steps, at_once = (30, 4) if case.problem == "classification" else (60, 16)
-    watched = batch(algorithm, case, 1000, 4 * at_once)
+    steps, at_once = (20, 8) if case.problem == "regression" else (30, 1) if algorithm.feeds == "images" else (16, 3)
+    watched = batch(algorithm, case, 1000, 16)
     trainer, before = algorithm.trainer(steps), _loss(algorithm, watched)
     for step in range(steps):
         metrics = trainer.step(batch(algorithm, case, step, at_once))

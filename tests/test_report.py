@@ -184,6 +184,10 @@ def test_the_reference_is_the_first_method_of_the_suite_or_the_one_named():
     assert only(data, "maml").reference == "maml inner_steps=5"
     assert only(data, "maml inner_steps=10").reference == "maml inner_steps=10"
     assert row(only(data, "maml inner_steps=10"), "protonet").difference.value == pytest.approx(0.04, abs=0.01)
+    again = RunData.of(data.rows, data.episodes, manifest={"reference": "maml"})
+    assert only(again).reference == "maml inner_steps=5"
+    assert only(again, "protonet").reference == "protonet"
+    assert only(RunData.of(data.rows, data.episodes, manifest={"reference": "metanet"})).reference == "protonet"
     with pytest.raises(ConfigError, match="did you mean 'protonet'"):
         tables(data, "protonett")
 
@@ -265,7 +269,7 @@ def test_adaptation_is_per_task_and_times_of_two_machines_are_cautioned():
     run.time("protonet", "adapt_time", 0.016, tasks=8).time("maml", "adapt_time", 0.1, environment="other")
     made = only(run.data())
     assert row(made, "protonet").adapt_time.value == pytest.approx(0.002)
-    assert any("different machines" in text for text in made.footer)
+    assert any("different environments" in text for text in made.footer)
 
 
 def test_times_of_several_seeds_are_their_median():

@@ -22,7 +22,8 @@ from metabench.suite import Suite, load_suite, schema, shipped_suites
 PLUGINS = {
     "proto": (
         {"family": "metric", "feeds": "episodes", "problems": ["classification"], "train": {"tasks": 2}},
-        'problem, *, norm: Literal["running", "batch"] = "running", lr: float = 1e-3, note: str = "", k: int | None = 3',
+        'problem, *, norm: Literal["running", "batch"] = "running", lr: float = 1e-3, note: str = "", '
+        "k: int | None = 3",
     ),
     "grad": (
         {"family": "gradient", "feeds": "episodes", "problems": ["classification", "regression"]},
@@ -43,7 +44,7 @@ DATASETS = {
         {
             "problem": "classification",
             "images_per_class": 20,
-            "splits": {"big": {"train": 10, "val": 4, "test": 6}, "small": {"train": 5, "val": 2, "test": 5}},
+            "splits": {"big": {"train": 10, "val": 5, "test": 6}, "small": {"train": 5, "val": 2, "test": 5}},
         },
         '*, split: str = "big", size: int = 28, tag: str = ""',
     ),
@@ -56,7 +57,8 @@ def lay_out(folder: Path) -> list[Path]:
     files = []
     for kind, plugins in (("algorithm", PLUGINS), ("dataset", DATASETS)):
         for name, (meta, signature) in plugins.items():
-            text = f'"""{name.title()}."""\nimport no_such_module\nMETABENCH = { ({"kind": kind, "name": name} | meta)!r}\n'
+            text = f'"""{name.title()}."""\nimport no_such_module\n'
+            text += f"METABENCH = { {'kind': kind, 'name': name, **meta} }\n"
             file = folder / f"{name}.py"
             file.write_text(f"{text}def build({signature}): pass\n")
             files.append(file)
@@ -114,7 +116,9 @@ grid:
     - {dataset: waves, shots: 10, queries: 100}
   algorithms:
     - proto
-    - {name: grad, params: {inner_steps: [1, 5], norm: batch}, train: {ways: 5, shots: 1, queries: 1, tasks: 8, steps: 3000}}
+    - name: grad
+      params: {inner_steps: [1, 5], norm: batch}
+      train: {ways: 5, shots: 1, queries: 1, tasks: 8, steps: 3000}
   seeds: [0, 7]
 cells:
   - {task: {dataset: dots, ways: 5, shots: 1, queries: 15}, algorithm: proto, seed: 7}
@@ -538,7 +542,11 @@ threads: two
         ("train:", "plugins: [gone.py]\ntrain:", "gone.py: there is no such file"),
         ("train:", "  seeds: [-1]\ntrain:", "6: grid.seeds must be at least 0, not -1"),
         ("train:", "measures: []\ntrain:", "6: measures must be a list of at least one value"),
-        ("train:", "evaluation: {selection: val}\ntrain:", "3: 5 ways are more than the 4 val classes of dots[big]"),
+        (
+            "grid:\n  tasks:\n    - {dataset: dots",
+            "evaluation: {selection: val}\ngrid:\n  tasks:\n    - {dataset: 'dots[small]'",
+            "4: 5 ways are more than the 2 val classes of dots[small]",
+        ),
         ("train:", "cells: 3\ntrain:", "6: cells must be a list, not 3"),
         ("ways: 5", f"ways: {list(range(2, 300))}", "3: 298,000 cells are too many"),
     ],

@@ -64,8 +64,9 @@ class Baseline(Classifier):
             inputs, targets = x.take_along_dim(picked, 1), y.take_along_dim(picked, 1)
             error = (inputs @ head.mT).softmax(-1).sub_(targets).div_(picked.shape[1])
             gradient = (error.mT @ inputs).add_(head, alpha=self.weight_decay)
-            # torch's SGD starts the velocity at the first gradient, undamped
-            velocity.mul_(self.momentum).add_(gradient, alpha=1.0 if step == 0 else 1 - self.dampening)
+            # as torch's SGD: the velocity starts at the first gradient, undamped; dampening needs momentum
+            share = 1 - self.dampening if step > 0 and self.momentum > 0 else 1.0
+            velocity.mul_(self.momentum).add_(gradient, alpha=share)
             head.sub_(velocity, alpha=self.head_lr)
         return head
 

@@ -46,7 +46,7 @@ def mini_batches(seeds: Tensor, examples: int, batch: int, steps: int) -> Tensor
 
     One reshuffled pass over all examples follows the other; a batch may straddle two of them.
     """
-    passes = -(-steps * batch // examples)
+    passes = max(1, -(-steps * batch // examples))
     keys = [words(philox_key("reptile", int(seed)), 0, passes, examples) for seed in seeds]
     order = np.argsort(np.stack(keys), axis=-1, kind="stable").reshape(len(keys), -1)
     return torch.from_numpy(order[:, : steps * batch].reshape(-1, steps, batch))

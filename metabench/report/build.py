@@ -22,8 +22,8 @@ def tables(data: RunData, reference: str | None = None) -> list[Table]:
     """One comparative table per task and quality measure, in the order of the results.
 
     A task is (dataset, split, ways, shots, queries, rotations, device, precision). `reference` is an algorithm's name
-    or a row's own label; without one it is the first method of the suite that is no control. Raises ConfigError
-    where the reference is in no table.
+    or a row's own label; without one it is the suite's own, and where that has no result the first method that is no
+    control. Raises ConfigError where a reference asked for is in no table.
     """
     made: list[Table] = []
     seen: set[str] = set()
@@ -31,7 +31,7 @@ def tables(data: RunData, reference: str | None = None) -> list[Table]:
         for measure in _measures(rows):
             found = methods(rows, measure, data)
             seen |= {name for m in found for name in (m.label, m.algorithm)}
-            made.append(_table(found, data, _reference(found, reference)))
+            made.append(_table(found, data, _reference(found, data, reference)))
     if reference is not None and made and reference not in seen:
         raise ConfigError(f"no row is called {reference!r}{did_you_mean(reference, seen)}")
     return made
@@ -47,10 +47,14 @@ def _measures(rows: pd.DataFrame) -> list[str]:
     return presentations[-1:] or [""]
 
 
-def _reference(found: Sequence[Method], reference: str | None) -> Method | None:
-    named = [m for m in found if (not m.control if reference is None else reference in (m.label, m.algorithm))]
-    scored = [m for m in named if m.quality is not None]
-    return scored[0] if scored else None
+def _reference(found: Sequence[Method], data: RunData, asked: str | None) -> Method | None:
+    """The first method with a score that carries the name; without a name asked for, the suite's or any."""
+    scored = [m for m in found if m.quality is not None]
+    name = asked or data.manifest.get("reference")
+    named = [m for m in scored if name in (m.label, m.algorithm)]
+    if asked is None:
+        named += [m for m in scored if not m.control]
+    return named[0] if named else None
 
 
 def _table(found: Sequence[Method], data: RunData, reference: Method | None) -> Table:
@@ -198,7 +202,9 @@ def _footer(found: Sequence[Method], data: RunData) -> tuple[str, ...]:
         said.append("One seed: intervals are over episodes and say nothing about another training.")
     timed = pd.concat([m.of(name) for m in found for name in COSTS])
     if timed["environment"].nunique() > 1:
-        said.append("Times were taken on different machines: do not compare them between rows.")
+        said.append(
+            "Times come from different environments (machine, threads or torch): do not compare them between rows."
+        )
     hashes = pd.concat([m.of(m.measure) for m in found])["episodes_hash"].dropna()
     if hashes.nunique() > 1:
         said.append("Not all rows saw the same set of test episodes: differences are taken on those they share.")

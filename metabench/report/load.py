@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
+from metabench.errors import StoreError
 from metabench.report.model import RunData
 from metabench.store import Measurement, Run
 
@@ -55,8 +57,11 @@ def _credit(run: Run, measurement: Measurement) -> Iterator[dict[str, Any]]:
     file = run.path / "predictions" / str(name)
     if not name or not file.is_file():
         return
-    with np.load(file) as kept:
-        ties, labels, classes = kept["ties"], kept["labels"].astype(np.int64), kept["classes"]
+    try:
+        with np.load(file) as kept:
+            ties, labels, classes = kept["ties"], kept["labels"].astype(np.int64), kept["classes"]
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise StoreError(f"{file}: damaged ({error}); delete it to go on without intervals by class") from error
     credit = np.where(ties > 0, 1.0 / np.maximum(ties, 1), 0.0)
     of_query = np.take_along_axis(classes, labels, axis=1)
     queries = np.bincount(of_query.ravel())

@@ -53,7 +53,7 @@ class Method:
     @property
     def budget_in_seconds(self) -> bool:
         """Whether training ended by the clock (a train_spec such as 5w1s15q*75s): never ranked."""
-        return re.search(r"\*\s*[\d.]+\s*s(ec(onds?)?)?$", first(self.rows, "train_spec")) is not None
+        return re.search(r"\*[0-9][0-9.e+-]*s$", first(self.rows, "train_spec")) is not None
 
     @cached_property
     def quality(self) -> Interval | None:

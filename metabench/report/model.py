@@ -11,8 +11,9 @@ import pandas as pd
 from metabench.errors import StoreError
 from metabench.report.published import Published
 from metabench.stats import Interval
-from metabench.store import COLUMNS as RESULT_COLUMNS
+from metabench.store import COLUMNS
 
+RESULT_COLUMNS = COLUMNS
 EPISODE_COLUMNS = ("cell", "seed", "measure", "episode", "hash", "score")
 CLASS_COLUMNS = ("cell", "seed", "measure", "class", "queries", "credit")
 CONTROLS = frozenset({"chance", "pixel-nn", "untrained", "oracle"})
