@@ -6,6 +6,7 @@ Data goes to standard output, progress and logs to standard error. Exit codes: 0
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -49,6 +50,8 @@ def main() -> None:
     """Run the command line; every error of ours is one message and a documented exit code."""
     signal.signal(signal.SIGTERM, _terminated)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal, a path that is no Unicode
     try:
         app(standalone_mode=True)
     except MetabenchError as error:
@@ -57,9 +60,6 @@ def main() -> None:
         _fail("interrupted", 130)
     except OSError as error:  # of standard output, mostly; the store explains its own
         _fail(f"{error.filename or 'cannot write the output'}: {error.strerror or error}", 2)
-    except BrokenPipeError:  # the reader of our output has gone (`| head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
 
 
 def _terminated(signum: int, frame: object) -> NoReturn:
@@ -184,15 +184,13 @@ def _write_reports(folder: Run) -> None:
             file.write(markdown)
 
 
-def _print_plan(
-    suite: Suite, select: str, device: str | None, seeds: Sequence[int] | None, newest: Run | None
-) -> None:
+def _print_plan(suite: Suite, select: str, device: str | None, seeds: Sequence[int] | None, newest: Run | None) -> None:
     from metabench import runner
 
     rows = runner.select_rows(runner.plan(runner.override(suite, seeds=seeds, device=device)), select)
     done = newest.measurements() if newest else {}
-    for row in rows:
-        typer.echo(f"{'done' if runner.is_done(row, done) else 'to do':5}  {row.cell.id}  {row.measure}")
+    lines = [f"{'done' if runner.is_done(row, done) else 'to do':5}  {row.cell.id}  {row.measure}\n" for row in rows]
+    _print_text("".join(lines))
     trainings = {row.cell.training_id for row in rows if row.cell.train}
     left = sum(not runner.is_done(row, done) for row in rows)
     typer.echo(f"{suite.name}: {len(rows)} rows, {left} to do, {len(trainings)} trainings", err=True)
@@ -298,5 +296,8 @@ def _width() -> int:
 
 
 def _print_text(text: str) -> None:
-    sys.stdout.write(text if text.endswith("\n") else text + "\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(text if text.endswith("\n") else text + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has enough (`| head`): that is no failure
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,7 +6,7 @@ import copy
 import functools
 import io
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,8 +50,18 @@ REGRESSION = [p for p in catalogue().datasets.values() if p.meta["problem"] == "
 CHEAPER = {"centre_images": 64, "epochs": 20, "test_steps": 5}  # parameters that cost time and change no promise
 CASES = [Case(p.name, norm, kind) for p in PLUGINS.values() for kind in p.meta["problems"] for norm in _norms(p, kind)]
 DEFAULTS = [case for case in CASES if case.norm == getattr(PLUGINS[case.name].parameter("norm"), "default", None)]
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
-every_default = pytest.mark.parametrize("case", DEFAULTS, ids=str)
+CLASSIFIERS = [case for case in CASES if case.problem == "classification"]
+
+
+def _over(cases: Iterable[Case]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", list(cases), ids=str)
+
+
+def _trained(cases: Iterable[Case]) -> Iterable[Case]:
+    return (case for case in cases if PLUGINS[case.name].meta["feeds"] is not None)
+
+
+every_case, every_default = _over(CASES), _over(DEFAULTS)
 
 
 @functools.cache
@@ -245,10 +255,8 @@ def test_an_inductive_answer_does_not_depend_on_the_other_queries(case: Case, dt
     assert close(alone, together, tolerance) != transductive
 
 
-@every_case
+@_over(case for case in CLASSIFIERS if case.name not in FITS_A_HEAD)
 def test_labels_are_interchangeable(case: Case) -> None:
-    if case.problem != "classification" or case.name in FITS_A_HEAD:
-        pytest.skip("answers start from a head with initial weights, or are numbers")
     algorithm, episode = ready(case), episodes(case)
     order = torch.tensor([2, 0, 1])
     renamed = replace(episode, support=replace(episode.support, y=order[episode.support.y]))
@@ -272,11 +280,9 @@ def test_cached_features_give_the_same_answer(case: Case) -> None:
         assert close(cached, answer(algorithm, episode))
 
 
-@every_case
+@_over(_trained(CASES))
 def test_only_a_trainer_step_moves_running_statistics(case: Case) -> None:
     algorithm = fresh(case).train()
-    if algorithm.feeds is None:
-        pytest.skip("nothing to train")
     first, trainer = batch(algorithm, case, 0), algorithm.trainer(1)
     averages = [b for m in algorithm.modules() if isinstance(m, Backbone) for b in m.buffers()]
     before = [b.clone() for b in averages]
@@ -289,11 +295,9 @@ def test_only_a_trainer_step_moves_running_statistics(case: Case) -> None:
     assert not any(getattr(m, "tracking", False) for m in algorithm.modules())
 
 
-@every_default
+@_over(_trained(DEFAULTS))
 def test_training_learns_what_is_easy(case: Case) -> None:
     algorithm = fresh(case)
-    if algorithm.feeds is None:
-        pytest.skip("nothing to train")
     steps, at_once = (20, 8) if case.problem == "regression" else (30, 1) if algorithm.feeds == "images" else (16, 3)
     watched = batch(algorithm, case, 1000, 16)
     trainer, before = algorithm.trainer(steps), _loss(algorithm, watched)
@@ -316,11 +320,9 @@ def _loss(algorithm: Algorithm, watched: Episode | Batch) -> float:
         return float(query_loss(algorithm.problem, answer(algorithm, watched), watched.query)[0])
 
 
-@every_default
+@_over(case for case in DEFAULTS if case in CLASSIFIERS)
 def test_shuffled_support_labels_give_chance(case: Case) -> None:
     """Whoever beats chance without true labels has seen the query's labels, or the order of the classes."""
-    if case.problem != "classification":
-        pytest.skip("no labels")
     algorithm, episode = ready(case), episodes(case, 60, shots=1)
     order = torch.stack([torch.randperm(WAYS, generator=torch.Generator().manual_seed(t)) for t in range(60)])
     shuffled = replace(episode, support=replace(episode.support, y=episode.support.y.gather(1, order)))
@@ -328,20 +330,16 @@ def test_shuffled_support_labels_give_chance(case: Case) -> None:
         assert is_chance(score(case, answer(algorithm, shuffled), episode.query))
 
 
-@every_default
+@_over(case for case in DEFAULTS if case in CLASSIFIERS and case.name in FITS_A_HEAD)
 def test_zero_steps_mean_chance_for_methods_that_take_steps(case: Case) -> None:
-    if case.name not in FITS_A_HEAD or case.problem != "classification":
-        pytest.skip("takes no steps, or predicts numbers")
     algorithm, episode = ready(case), episodes(case, 60)
     with torch.no_grad():
         assert is_chance(score(case, answer(algorithm, episode, steps=0), episode.query))
 
 
-@every_default
+@_over(_trained(DEFAULTS))
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_a_resumed_training_ends_with_the_same_bits(case: Case, schedule: str) -> None:
-    if PLUGINS[case.name].meta["feeds"] is None:
-        pytest.skip("nothing to train")
     params = {"schedule": schedule} if PLUGINS[case.name].parameter("schedule") else {}
 
     def run(algorithm: Algorithm, trainer: Any, first: int, last: int) -> None:

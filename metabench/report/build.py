@@ -200,8 +200,7 @@ def _footer(found: Sequence[Method], data: RunData) -> tuple[str, ...]:
     scored = [m for m in found if len(m.of(m.measure))]
     if scored and all(len(m.of(m.measure)) == 1 for m in scored):
         said.append("One seed: intervals are over episodes and say nothing about another training.")
-    timed = pd.concat([m.of(name) for m in found for name in COSTS])
-    if timed["environment"].nunique() > 1:
+    if any(pd.concat([m.of(name) for m in found])["environment"].nunique() > 1 for name in COSTS):
         said.append(
             "Times come from different environments (machine, threads or torch): do not compare them between rows."
         )

@@ -1,0 +1,39 @@
+"""Fill README.md's generated parts: tables from committed results, files shown verbatim. `--check` only compares.
+
+    python docs/update_readme.py [--check]
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from metabench.report import load, render
+
+ROOT = Path(__file__).resolve().parent.parent
+PART = re.compile(r"<!-- (table|file): (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def filled(text: str) -> str:
+    """The README's text with every generated part made anew."""
+    return PART.sub(lambda match: f"<!-- {match[1]}: {match[2]} -->\n{_part(match[1], match[2])}<!-- end -->", text)
+
+
+def _part(kind: str, name: str) -> str:
+    path = ROOT / name
+    if kind == "file":
+        language = "python" if path.suffix == ".py" else "yaml"
+        return f"```{language}\n{path.read_text(encoding='utf-8')}```\n"
+    runs = sorted(file.parent for file in path.rglob("manifest.json"))
+    report = render(load(runs), "md")
+    return report.split("\n## ")[0] + "\n"
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    old = readme.read_text(encoding="utf-8")
+    new = filled(old)
+    if "--check" in sys.argv:
+        sys.exit(0 if old == new else "README.md is out of date: run python docs/update_readme.py")
+    readme.write_text(new, encoding="utf-8")
