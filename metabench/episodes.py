@@ -292,19 +292,28 @@ class ImageTasks:
         x = self._pixels(index)
         return Batch(x, torch.from_numpy(label)[None].to(x.device), ways=len(self._pool))
 
+    @property
+    def images_in_all(self) -> int:
+        """How many images `features` embeds: the subset's, at every angle that its episodes may show."""
+        return len(self._rows())
+
     def features(self, embed: Callable[[Tensor], Tensor]) -> Tensor:
         """`embed` of every image of the subset: a table (images, d) for `over`, zeros elsewhere."""
-        members = np.unique(self._pool % self._count)
-        angles = np.arange(len(self._bank) // (self._count * self._per_class))
-        classes = (angles[:, None] * self._count + members).reshape(-1)
-        index = torch.from_numpy(classes[:, None] * self._per_class + np.arange(self._per_class)).reshape(-1)
         table: Tensor | None = None
-        for part in torch.split(index, EMBED_AT_ONCE):
+        for part in torch.split(torch.from_numpy(self._rows()), EMBED_AT_ONCE):
             z = embed(self._pixels(part[None])[0])
             table = z.new_zeros((len(self._bank), z.shape[1])) if table is None else table
             table[part.to(z.device)] = z
         assert table is not None
         return table
+
+    def _rows(self) -> np.ndarray:
+        """The numbers of the subset's images in the bank."""
+        members = np.unique(self._pool % self._count)
+        angles = np.arange(len(self._bank) // (self._count * self._per_class))
+        classes = (angles[:, None] * self._count + members).reshape(-1)
+        rows: np.ndarray = classes[:, None] * self._per_class + np.arange(self._per_class)
+        return rows.reshape(-1)
 
     def over(self, features: Tensor) -> ImageTasks:
         """The same tasks with features (T, n, d) of the images in the place of their pixels."""

@@ -164,7 +164,7 @@ class _Cells:
             samples = {"seconds": [facts["train_seconds"]]}
             self.result(cell["id"], measure, "ok", unit="s", samples=samples, facts=facts)
             return
-        adapt, test = self._on_features(algorithm, self.tests[cell["id"]])
+        adapt, test = self._on_features(algorithm, self.tests[cell["id"]], cell)
         adapt = algorithm.initial if measure == "mse_before" else adapt
         found = score_episodes(adapt, test, self.job["evaluation"]["episodes"], stopping=self.shop.stopping)
         known = {**facts, "episodes_hash": found.episodes_hash}
@@ -182,10 +182,16 @@ class _Cells:
         )
 
     def _on_features(
-        self, algorithm: Algorithm, test: TaskDistribution
+        self, algorithm: Algorithm, test: TaskDistribution, cell: Mapping[str, Any]
     ) -> tuple[Callable[..., Learner], TaskDistribution]:
-        """Where the method allows it, embed the test images once and run all episodes on the features."""
+        """Where the method allows it and it saves work, embed the test images once and run all episodes on features.
+
+        A cell's own size decides, so that its score never depends on which other cells share the job.
+        """
         if not (isinstance(algorithm, FeatureMethod) and algorithm.cacheable and isinstance(test, ImageTasks)):
+            return algorithm.adapt, test
+        seen = self.job["evaluation"]["episodes"] * cell["ways"] * (cell["shots"] + cell["queries"])
+        if seen <= test.images_in_all:
             return algorithm.adapt, test
         if self.features is None:
             with torch.no_grad():

@@ -98,7 +98,7 @@ def _loop(algorithm: Algorithm, trainer: Trainer, plan: Plan, progress: Progress
             finite = {k: float(v) for k, v in metrics.items() if bool(torch.isfinite(v))}
             plan.emit("progress", step=progress.step, steps=progress.steps, metrics=finite)
         if plan.validation is not None and progress.step % every == 0:
-            _select(algorithm, plan.validation, progress)
+            _select(algorithm, plan, plan.validation, progress)
         stopping = plan.stopping()
         if stopping or now - saved > CHECKPOINT_SECONDS or progress.step == progress.steps:
             saved = now
@@ -131,9 +131,11 @@ def resolve_steps(plan: Plan) -> int:
     return max(1, round(float(plan.spec["seconds"]) / each))
 
 
-def _select(algorithm: Algorithm, validation: TaskDistribution, progress: Progress) -> None:
+def _select(algorithm: Algorithm, plan: Plan, validation: TaskDistribution, progress: Progress) -> None:
     """Keep the best state seen on validation episodes; the first of equals wins."""
     algorithm.eval()
+    with torch.no_grad():
+        algorithm.prepare(plan.source)
     scores = score_episodes(algorithm.adapt, validation, VALIDATION_EPISODES).scores
     algorithm.train()
     better = statistics.fmean(scores) * (1 if algorithm.problem.loss == "cross_entropy" else -1)

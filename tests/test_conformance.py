@@ -21,7 +21,7 @@ from metabench.backbones import Backbone
 from metabench.catalogue import Plugin, catalogue
 from metabench.episodes import Batch, Episode, ImageData, Problem, TaskDistribution
 
-WAYS, SHOTS, QUERIES, TASKS = 3, 2, 2, 2
+WAYS, SHOTS, QUERIES, TASKS = 3, 2, 1, 2
 FITS_A_HEAD = {"baseline", "maml", "fomaml", "reptile"}
 """Whose answer starts from initial output weights: labels are not interchangeable, and zero steps mean chance."""
 

@@ -56,7 +56,7 @@ def small(
     )
     pool: Literal["max", "stride"] = "max" if backbone == "conv4" else "stride"
     average = pool == "stride"
-    body = Conv4((1, SIDE, SIDE), norm=norm, pool=pool, average=average, filters=4, eps=1e-3, gamma=False, glorot=True)
+    body = Conv4((1, SIDE, SIDE), norm=norm, pool=pool, average=average, filters=3, eps=1e-3, gamma=False, glorot=True)
     made.network = Network(body, 3)  # few filters: double precision is slow
     made = made.double()
     with torch.no_grad():
@@ -129,7 +129,7 @@ def relative_error(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("backbone", ["conv4", "conv4-strided"])
 @pytest.mark.parametrize("strategy", ["serial", "vmap"])
-@pytest.mark.parametrize(("first_order", "steps"), [(False, 1), (False, 3), (True, 1), (True, 3)])
+@pytest.mark.parametrize(("first_order", "steps"), [(False, 1), (False, 3), (True, 3)])
 def test_outer_gradient_is_that_of_the_slow_version(
     backbone: Pool, strategy: Strategy, first_order: bool, steps: int
 ) -> None:

@@ -49,7 +49,7 @@ def mini_batches(seeds: Tensor, examples: int, batch: int, steps: int) -> Tensor
     passes = max(1, -(-steps * batch // examples))
     keys = [words(philox_key("reptile", int(seed)), 0, passes, examples) for seed in seeds]
     order = np.argsort(np.stack(keys), axis=-1, kind="stable").reshape(len(keys), -1)
-    return torch.from_numpy(order[:, : steps * batch].reshape(-1, steps, batch))
+    return torch.from_numpy(order[:, : steps * batch].reshape(len(keys), steps, batch))
 
 
 class Reptile(Algorithm):

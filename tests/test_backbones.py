@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metabench.algorithms.base import tracking
+from metabench.backbones import METABENCH_BACKBONES, Conv4, Norm, make_backbone
+from metabench.errors import ConfigError
+
+Pool = Literal["max", "stride"]
+
+
+def little(norm: Norm = "support", *, pool: Pool = "max", filters: int = 3, side: int = 16) -> Conv4:
+    torch.manual_seed(0)
+    body = Conv4((1, side, side), norm=norm, pool=pool, filters=filters).double()
+    with torch.no_grad():
+        for name, parameter in body.named_parameters():
+            if name.startswith(("beta", "gamma", "scale", "offset")):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return body
+
+
+def pictures(tasks: int, n: int, *, seed: int = 0, side: int = 16) -> Tensor:
+    return torch.randn(tasks, n, 1, side, side, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def params(body: nn.Module) -> dict[str, Tensor]:
+    return dict(body.named_parameters())
+
+
+def textbook(body: Conv4, *, track: bool) -> nn.Sequential:
+    """PyTorch's own layers, ReLU before pooling, with `body`'s weights."""
+    layers: list[nn.Module] = []
+    for i in range(4):
+        weight = body.get_parameter(f"conv{i}")
+        conv = nn.Conv2d(weight.shape[1], weight.shape[0], 3, padding=1, stride=1 if body.pool == "max" else 2)
+        norm = nn.BatchNorm2d(weight.shape[0], eps=body.eps, track_running_stats=track)
+        for own, name in ((conv.weight, "conv"), (conv.bias, "bias"), (norm.weight, "gamma"), (norm.bias, "beta")):
+            assert own is not None
+            own.data = body.get_parameter(f"{name}{i}").detach().clone()
+        layers += [conv, norm, nn.ReLU()] + ([nn.MaxPool2d(2)] if body.pool == "max" else [])
+    return nn.Sequential(*layers, nn.Flatten()).double()
+
+
+@pytest.mark.parametrize(
+    ("name", "out", "count"),
+    [("conv4", 64, 111_936), ("conv4-strided", 64, 111_936), ("conv4-strided-flat", 256, 111_936)],
+)
+def test_sizes_on_omniglot(name: str, out: int, count: int) -> None:
+    body = make_backbone(name, (1, 28, 28), norm="support")
+    assert body.out_dim == out
+    assert sum(p.numel() for p in body.parameters()) == count
+    assert body(torch.zeros(3, 1, 28, 28)).shape == (3, out)
+    bare = make_backbone(name, (1, 28, 28), norm="support", gamma=False)
+    assert sum(p.numel() for p in bare.parameters()) == count - 4 * 64
+
+
+def test_sizes_on_other_shapes() -> None:
+    assert make_backbone("conv4", (3, 84, 84), norm="support").out_dim == 1600
+    mlp = make_backbone("mlp", (1,), norm="support")
+    assert mlp.out_dim == 40 and sum(p.numel() for p in mlp.parameters()) == 80 + 1640
+    assert make_backbone("mlp64", (1,), norm="support").out_dim == 64
+    assert len(METABENCH_BACKBONES) == 5
+
+
+def test_impossible_requests_name_the_fix() -> None:
+    with pytest.raises(ConfigError, match="known: conv4"):
+        make_backbone("resnet", (1, 28, 28), norm="support")
+    with pytest.raises(ConfigError, match="use mlp"):
+        make_backbone("conv4", (1,), norm="support")
+    with pytest.raises(ConfigError, match="16x16"):
+        make_backbone("conv4", (1, 12, 12), norm="support")
+
+
+def test_glorot_initialisation() -> None:
+    body = make_backbone("conv4-strided", (1, 28, 28), norm="support", glorot=True)
+    bound = (6 / (9 * 64 + 9 * 64)) ** 0.5
+    weight = body.get_parameter("conv2").detach()
+    assert 0.95 * bound < float(weight.abs().max()) <= bound
+    assert float(body.get_parameter("bias2").detach().abs().max()) == 0
+
+
+@pytest.mark.parametrize("pool", ["max", "stride"])
+def test_each_task_is_a_batch_of_pytorchs_layers(pool: Pool) -> None:
+    """Also proves that pooling before the ReLU gives the same, in value and in gradient."""
+    body, x = little(pool=pool), pictures(3, 5)
+    plain = textbook(body, track=False)
+    got = body.apply_to(params(body), x)[0]
+    wanted = torch.stack([plain(task) for task in x])
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+    target = torch.randn_like(wanted)
+    (got * target).sum().backward()
+    (wanted * target).sum().backward()
+    gradient = body.get_parameter("conv0").grad
+    torch.testing.assert_close(gradient, plain[0].weight.grad, rtol=1e-8, atol=1e-10)
+
+
+def test_running_mode_is_pytorchs_batch_norm_and_moves_only_while_tracked() -> None:
+    body = little("running")
+    plain = textbook(body, track=True)
+    x = pictures(1, 6)[0]
+    untouched = {n: b.clone() for n, b in body.named_buffers()}
+    body.train()
+    torch.testing.assert_close(body(x), plain.train()(x), rtol=1e-10, atol=1e-12)
+    assert all(torch.equal(b, untouched[n]) for n, b in body.named_buffers())
+    with tracking(body):
+        body(x)
+    assert not body.tracking
+    torch.testing.assert_close(body.get_buffer("mean1"), plain[5].running_mean, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(body.get_buffer("var1"), plain[5].running_var, rtol=1e-10, atol=1e-12)
+    body.eval()
+    moved = {n: b.clone() for n, b in body.named_buffers()}
+    torch.testing.assert_close(body(x), plain.eval()(x), rtol=1e-10, atol=1e-12)
+    assert all(torch.equal(b, moved[n]) for n, b in body.named_buffers())
+
+
+def test_tracking_ends_when_a_step_fails() -> None:
+    body = little("running")
+    with pytest.raises(ZeroDivisionError), tracking(body):
+        _ = 1 / 0
+    assert not body.tracking
+
+
+INDUCTIVE: list[Norm] = ["running", "support", "each", "tasknorm", "layer"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(norm=st.sampled_from(INDUCTIVE), picked=st.sets(st.integers(0, 5), min_size=1), seed=st.integers(0, 99))
+def test_inductive_features_do_not_depend_on_the_other_queries(norm: Norm, picked: set[int], seed: int) -> None:
+    body = little(norm, pool="stride").eval()
+    support, queries = pictures(2, 4, seed=seed), pictures(2, 6, seed=seed + 100)
+    with torch.no_grad():
+        _, stats = body.embed_support(params(body), support)
+        every = body.embed_query(params(body), queries, support, stats)
+        few = body.embed_query(params(body), queries[:, sorted(picked)], support, stats)
+    torch.testing.assert_close(few, every[:, sorted(picked)], rtol=0, atol=1e-12)
+
+
+def test_support_mode_reuses_the_supports_statistics_and_batch_mode_the_queries() -> None:
+    support, queries = pictures(2, 4), pictures(2, 3, seed=1)
+    inductive, transductive = little("support"), little("batch")
+    features, stats = inductive.embed_support(params(inductive), support)
+    again = inductive.embed_query(params(inductive), support, support, stats)
+    torch.testing.assert_close(features, again, rtol=0, atol=1e-12)
+    got = transductive.embed_query(params(transductive), queries, support, stats)
+    torch.testing.assert_close(got, inductive.apply_to(params(inductive), queries)[0], rtol=0, atol=1e-12)
+    assert (inductive.embed_query(params(inductive), queries, support, stats) - got).abs().max() > 1e-3
+
+
+def test_each_is_a_batch_of_the_support_and_one_query() -> None:
+    body, support, queries = little("each"), pictures(2, 4), pictures(2, 3, seed=1)
+    _, stats = body.embed_support(params(body), support)
+    got = body.embed_query(params(body), queries, support, stats)
+    plain = textbook(body, track=False)
+    for task in range(2):
+        for query in range(3):
+            alone = plain(torch.cat([support[task], queries[task, query : query + 1]]))[-1]
+            torch.testing.assert_close(got[task, query], alone, rtol=1e-10, atol=1e-12)
+
+
+def slow_layer(body: Conv4, h: Tensor, i: int, context: Tensor) -> Tensor:
+    """TaskNorm-I of images h by support activations `context` (both before norm), one channel of an image at a time."""
+    scale, offset = float(body.get_parameter(f"scale{i}")), float(body.get_parameter(f"offset{i}"))
+    blend = 1 / (1 + torch.exp(torch.tensor(-(scale * context.shape[0] + offset), dtype=torch.float64)))
+    out = torch.empty_like(h)
+    for n in range(h.shape[0]):
+        for c in range(h.shape[1]):
+            values, own = context[:, c], h[n, c]
+            mean = blend * values.mean() + (1 - blend) * own.mean()
+            var = blend * (values.var(correction=0) + (values.mean() - mean) ** 2)
+            var = var + (1 - blend) * (own.var(correction=0) + (own.mean() - mean) ** 2)
+            gain, shift = body.get_parameter(f"gamma{i}")[c], body.get_parameter(f"beta{i}")[c]
+            out[n, c] = gain * (own - mean) / torch.sqrt(var + body.eps) + shift
+    return out
+
+
+def test_tasknorm_is_the_papers_formula_and_blends_by_the_size_of_the_support() -> None:
+    body, support, queries = little("tasknorm"), pictures(1, 5), pictures(1, 3, seed=1)
+    with torch.no_grad():
+        features, stats = body.embed_support(params(body), support)
+        got = body.embed_query(params(body), queries, support, stats)
+        context, h = support[0], queries[0]
+        for i in range(4):
+            weight, bias = body.get_parameter(f"conv{i}"), body.get_parameter(f"bias{i}")
+            context, h = (F.conv2d(v, weight, bias, padding=1) for v in (context, h))
+            context, h = slow_layer(body, context, i, context), slow_layer(body, h, i, context)
+            context, h = (F.max_pool2d(F.relu(v), 2) for v in (context, h))
+    torch.testing.assert_close(features[0], context.flatten(1), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(got[0], h.flatten(1), rtol=1e-9, atol=1e-10)
+
+
+def test_layer_norm_is_over_channels_and_pixels_of_one_image() -> None:
+    body, x = little("layer"), pictures(1, 2)
+    h = x[0]
+    for i in range(4):
+        h = F.conv2d(h, body.get_parameter(f"conv{i}"), body.get_parameter(f"bias{i}"), padding=1)
+        h = F.layer_norm(h, h.shape[1:], eps=body.eps)
+        h = h * body.get_parameter(f"gamma{i}")[:, None, None] + body.get_parameter(f"beta{i}")[:, None, None]
+        h = F.max_pool2d(F.relu(h), 2)
+    torch.testing.assert_close(body.apply_to(params(body), x)[0][0], h.flatten(1), rtol=1e-9, atol=1e-11)
+
+
+def test_strided_average_is_the_mean_of_the_flat_features() -> None:
+    torch.manual_seed(0)
+    flat = make_backbone("conv4-strided-flat", (1, 28, 28), norm="support")
+    mean = make_backbone("conv4-strided", (1, 28, 28), norm="support")
+    mean.load_state_dict(flat.state_dict())
+    x = torch.rand(1, 3, 1, 28, 28)
+    wide = flat.apply_to(params(flat), x)[0].reshape(1, 3, 64, 4).mean(-1)
+    torch.testing.assert_close(mean.apply_to(params(mean), x)[0], wide)

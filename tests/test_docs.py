@@ -1,0 +1,77 @@
+"""What users read: every command and flag is explained, and what the documents name exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from metabench.cli import app
+from metabench.suite import shipped_suites
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [file for file in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if file.is_file()]
+
+
+def commands(command=None, name=()):
+    """(words, command) of every command there is."""
+    command = command or typer.main.get_command(app)
+    yield name, command
+    for word, sub in getattr(command, "commands", {}).items():
+        yield from commands(sub, (*name, word))
+
+
+COMMANDS = dict(commands())
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_and_flag_has_help(words):
+    command = COMMANDS[words]
+    assert command.help, words
+    for parameter in command.params:
+        assert getattr(parameter, "help", None) or parameter.name in ("help",), (words, parameter.name)
+
+
+def test_the_contract_of_exit_codes_stands_in_the_help_of_the_module():
+    from metabench import cli
+
+    for code in ("0 good", "2 usage", "3 a cell failed", "130 interrupted"):
+        assert code in (cli.__doc__ or "")
+
+
+def _called(text):
+    """The words of every metabench command in the code of a document."""
+    code = re.findall(r"```[^\n]*\n(.*?)```", text, re.DOTALL) + re.findall(r"`([^`\n]+)`", text)
+    for piece in code:
+        for line in piece.splitlines():
+            found = re.match(r"\s*(?:\$ )?metabench\s+(.*)", line.split("#")[0])
+            if found:
+                yield found[1].split()
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
+def test_commands_flags_and_suites_in_the_documents_exist(file):
+    for called in _called(file.read_text(encoding="utf-8")):
+        words = tuple(word for word in called if not word.startswith("-"))
+        name = next((words[:n] for n in (2, 1, 0) if words[:n] in COMMANDS), ())
+        assert name or not words, f"{file.name}: no command {called[0]!r}"
+        flags = {flag for p in COMMANDS[name].params for flag in (*p.opts, *p.secondary_opts)} | {"-h", "--help"}
+        for word in called:
+            flag = word.partition("=")[0].strip("[]")
+            assert not flag.startswith("-") or flag in flags, f"{file.name}: {' '.join(called)}: no {flag}"
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
+def test_links_inside_the_repository_lead_somewhere(file):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", file.read_text(encoding="utf-8")):
+        assert "://" in target or target.startswith("mailto:") or (file.parent / target).exists(), target
+
+
+def test_every_shipped_suite_says_what_it_is_for():
+    from metabench.suite import load_suite
+
+    assert shipped_suites()
+    for name in shipped_suites():
+        assert load_suite(name).description, name

@@ -1,0 +1,162 @@
+"""The walls: who may import whom, and which commands never load torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import environ
+
+import metabench
+
+PACKAGE = Path(metabench.__file__).parent
+NOBODY: set[str] = set()
+ANY = {"errors"}  # everybody may
+SUITES = {"catalogue", "cells", "suite", "suitefile"}
+TASKS = {"episodes", "backbones", "tasks"}
+
+# who may import what, of metabench; a folder stands for all in it. Imports run downwards only.
+ALLOWED: dict[str, set[str]] = {
+    "__init__": NOBODY,
+    "__main__": {"cli"},
+    "errors": NOBODY,
+    # the suite half
+    "catalogue": NOBODY,
+    "cells": {"catalogue"},
+    "suitefile": {"catalogue"},
+    "suite": {"catalogue", "cells", "suitefile"},
+    # the plain half
+    "stats": NOBODY,
+    "environment": NOBODY,
+    "store": NOBODY,
+    "report": {"report", "store", "stats"},
+    # the torch half
+    "timing": NOBODY,
+    "episodes": NOBODY,
+    "backbones": NOBODY,
+    "tasks": {"backbones", "episodes"},
+    "algorithms": {"algorithms", *TASKS},
+    "datasets": {"datasets", "episodes"},
+    "scoring": {"algorithms", *TASKS},
+    "training": {"algorithms", "scoring", *TASKS},
+    "measure": {"algorithms", "datasets", "scoring", "timing", "training", *TASKS},
+    # the bridge
+    "runner": {"store", "environment", "stats", *SUITES},
+    "jobs": {"store", "environment", "stats", *SUITES},
+    "worker": {"catalogue", "measure", "scoring"},
+    # the top
+    "progress": {"runner", "store"},
+    "listing": {"datasets", *SUITES},
+    "cli": {"runner", "report", "store", "progress", "listing", *SUITES},
+}
+PLAIN = ("suite", "cells", "suitefile", "catalogue", "store", "environment", "stats", "runner", "report", "cli")
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module(file):
+    """'report.load' of metabench/report/load.py, 'report' of its __init__."""
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+def imported(file):
+    """(line, module of metabench or name of another package) of every import, wherever it stands."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: a relative import"
+            names = [f"{node.module}.{a.name}" if node.module == "metabench" else node.module for a in node.names]
+        else:
+            continue
+        yield from ((node.lineno, name) for name in names if name)
+
+
+def layer(name):
+    return name.split(".")[0]
+
+
+@pytest.mark.parametrize("file", FILES, ids=module)
+def test_imports_run_downwards_only(file):
+    me = layer(module(file))
+    assert me in ALLOWED, f"a new module: say in {Path(__file__).name} what it may import"
+    for line, name in imported(file):
+        if not name.startswith("metabench."):
+            continue
+        other = layer(name.removeprefix("metabench."))
+        exists = (PACKAGE / other).is_dir() or (PACKAGE / f"{other}.py").is_file()
+        if exists and other not in ALLOWED[me] | ANY:
+            raise AssertionError(f"{file.name}:{line}: {me} must not import {name}")
+
+
+def test_the_table_names_no_module_that_is_gone():
+    known = {layer(module(file)) for file in FILES}
+    assert {name for name in ALLOWED if name not in known} <= {"jobs"}
+
+
+def test_the_table_has_no_circle():
+    def below(name, path):
+        assert name not in path, f"a circle: {path}"
+        for other in ALLOWED[name] - {name}:
+            below(other, (*path, name))
+
+    for name in ALLOWED:
+        below(name, ())
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if layer(module(f)) in PLAIN], ids=module)
+def test_the_plain_half_never_names_torch(file):
+    assert "torch" not in {layer(name) for _, name in imported(file)}
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if layer(module(f)) == "algorithms"], ids=module)
+def test_an_algorithm_sees_no_clock_no_store_and_no_path(file):
+    assert not {layer(name) for _, name in imported(file)} & {"time", "pathlib", "os", "psutil", "io", "json"}
+
+
+DRIVER = """
+import sys
+from metabench.cli import main
+for command in {commands!r}:
+    sys.argv = ["metabench", *command]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, (command, end.code)
+    print(*command, sorted({heavy!r} & sys.modules.keys()), file=sys.stderr)
+"""
+
+
+def loaded(commands, heavy):
+    """What of `heavy` is loaded after the commands, one after the other in one process."""
+    code = DRIVER.format(commands=commands, heavy=heavy)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ(), check=False)
+    assert done.returncode == 0, done.stderr
+    return {line.rpartition(" [")[0]: line.rpartition(" [")[2] for line in done.stderr.splitlines() if "[" in line}
+
+
+def test_help_loads_nothing_heavy():
+    start = time.process_time(), time.perf_counter()
+    heavy = {"torch", "numpy", "pandas", "scipy", "pydantic", "yaml", "psutil"}
+    found = loaded([["--help"], ["run", "--help"], ["--version"]], heavy)
+    print(f"three helps: {time.perf_counter() - start[1]:.2f} s")
+    assert len(found) == 3
+    assert set(found.values()) == {"]"}, found
+
+
+def test_commands_that_only_read_never_load_torch(tmp_path):
+    from metabench.store import Run
+
+    manifest = {"suite": "s", "controls": [], "cells": {}, "rows": [], "evaluation": {}, "reference": None}
+    run = Run.create(tmp_path, "s", manifest)
+    commands = [
+        ["ls"], ["ls", "--json"], ["validate", "smoke"], ["validate", "--schema"], ["run", "smoke", "--plan"],
+        ["report", str(run.path), "-f", "csv"], ["report", str(run.path)],
+    ]  # fmt: skip
+    found = loaded(commands, {"torch"})
+    assert len(found) == len(commands)
+    assert set(found.values()) == {"]"}, found
