@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from metabench import __version__
-from metabench.errors import ConfigError, MetabenchError
+from metabench.errors import ConfigError, Interrupted, MetabenchError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,7 +53,7 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal, a path that is no Unicode
     try:
-        app(standalone_mode=True)
+        app(standalone_mode=True)  # typer turns Ctrl-C outside a run into exit code 130
     except MetabenchError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -147,18 +147,21 @@ def _run(
     from metabench.progress import Show
 
     stderr = _console(stderr=True)
-    with Show(stderr) as show:
-        outcome = runner.run(
-            suite,
-            out=out,
-            watch=show,
-            select=select,
-            device=device,
-            seeds=seeds,
-            resume=resume,
-            extend=extend,
-            jobs=jobs,
-        )
+    try:
+        with Show(stderr) as show:
+            outcome = runner.run(
+                suite,
+                out=out,
+                watch=show,
+                select=select,
+                device=device,
+                seeds=seeds,
+                resume=resume,
+                extend=extend,
+                jobs=jobs,
+            )
+    except KeyboardInterrupt:  # before there was anything to stop
+        raise Interrupted("interrupted; the same command goes on from here") from None
     _write_reports(outcome.run)
     if outcome.rows == 0:
         stderr.print(f"error: no row of {suite.name} matches -k {select!r}; see `metabench run {suite.name} --plan`")
@@ -283,8 +286,8 @@ def _seeds(text: str | None) -> list[int] | None:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"--seeds {text}: give whole numbers, e.g. --seeds 0,1,2") from None
-    if min(numbers) < 0 or len(set(numbers)) < len(numbers):
-        raise ConfigError(f"--seeds {text}: seeds are 0 or more, each once")
+    if min(numbers) < 0 or max(numbers) >= 2**63 or len(set(numbers)) < len(numbers):
+        raise ConfigError(f"--seeds {text}: seeds are 0 or more (below 2**63), each once")
     return numbers
 
 
@@ -297,7 +300,7 @@ def _width() -> int:
 
 def _print_text(text: str) -> None:
     try:
-        sys.stdout.write(text if text.endswith("\n") else text + "\n")
+        sys.stdout.write(text if not text or text.endswith("\n") else text + "\n")
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has enough (`| head`): that is no failure
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -79,7 +79,7 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, MetabenchError):
         return str(error)
     where = traceback.extract_tb(error.__traceback__)[-1]
-    text = " ".join(str(error).split())
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
     return f"{type(error).__name__}: {text[:300]} ({Path(where.filename).name}:{where.lineno})"
 
 

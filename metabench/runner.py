@@ -485,7 +485,7 @@ class Worker:
         self.environment = ""
         variables = environment.worker_environment(threads)
         variables["METABENCH_PLUGINS"] = json.dumps([str(p) for p in plugins])
-        self._log = log.open("a", encoding="utf-8")
+        self._log = log.open("a", encoding="utf-8", errors="backslashreplace")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "metabench.worker"],
             stdin=subprocess.PIPE,

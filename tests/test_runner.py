@@ -19,7 +19,7 @@ from metabench.suite import load_suite
 
 STEPS = 12
 SABOTAGE = {
-    "raises": "raise RuntimeError('no luck')",
+    "raises": "raise RuntimeError('no luck' + chr(0xdcff))",
     "quits": "os._exit(7)",
     "killed": "os.kill(os.getpid(), 9)",
     "nan": "self.embedding.weight.data.mul_(float('nan'))",
@@ -217,6 +217,21 @@ def _cut(folder, suite, step, end):
         out, err = parent.communicate(timeout=60)
         assert "Traceback" not in err
         return SimpleNamespace(code=parent.returncode, err=err, out=out)
+
+
+def test_a_second_ctrl_c_gives_the_checkpoint_up(tmp_path):
+    write_learner(tmp_path, "learner")
+    suite = write_suite(tmp_path, "s", ["learner"])
+    (tmp_path / "hold").write_text("1")  # a step without end
+    with started("run", suite, "--out", tmp_path / "out", "--jobs", "2") as parent:
+        until(lambda: len(log(tmp_path)) == 2, "step 1")
+        parent.send_signal(signal.SIGINT)
+        until(lambda: "stopping" in parent.stderr.readline(), "the note about stopping")
+        parent.send_signal(signal.SIGINT)
+        _, err = parent.communicate(timeout=30)
+    assert parent.returncode == 130
+    assert "Traceback" not in err
+    until(lambda: not alive(int(log(tmp_path)[0][1])), "the worker's end", seconds=5)
 
 
 def test_ctrl_c_in_training_exits_130_and_keeps_the_checkpoint(killed):

@@ -24,7 +24,7 @@ from metabench.tasks import Choice, Execution, Params, choose
 METABENCH = {
     "kind": "algorithm",
     "name": "maml",
-    "family": "gradient",
+    "family": "optimisation",
     "paper": "Finn et al. 2017",
     "url": "https://arxiv.org/abs/1703.03400",
     "feeds": "episodes",
@@ -35,6 +35,8 @@ METABENCH = {
 
 NOT_ADAPTED = ("beta", "gamma", "scale", "offset")  # parameters of normalisation layers
 InnerLoss = Literal["per_class_sum", "mean"]
+HeadInit = Literal["normal", "zero"]
+RATE_ON_MEAN = 2.0  # of the paper's inner step, for 5 ways (0.4 on the sum over classes) and 20 (0.1) alike
 
 
 class Maml(Algorithm):
@@ -135,6 +137,7 @@ def build(
     inner_lr: float | None = None,
     inner_loss: Literal["per_class_sum", "mean"] = "per_class_sum",
     adapt_norm: bool = False,
+    head_init: Literal["normal", "zero"] = "normal",
     lr: float = 1e-3,
     schedule: Literal["constant", "cosine"] = "constant",
     strategy: Literal["auto", "serial", "vmap"] = "auto",
@@ -147,10 +150,13 @@ def build(
         norm: whose statistics the batch norm uses (see `metabench.backbones`).
         inner_steps: gradient steps in training.
         test_steps: gradient steps in evaluation; by default 3 for classification and 10 for regression, as the paper.
-        inner_lr: rate of the inner loop; by default 0.4 for classification (with `per_class_sum`, so 2.0 on the mean
-            loss of 5 ways) and 0.01 for regression (on the mean squared error), as the paper; 20 ways: 0.1 there.
+        inner_lr: rate of the inner loop; by default as the paper: 0.4 for 5 ways and 0.1 for 20 with `per_class_sum`
+            (2.0 on the mean loss, which other ways get too), 0.01 for regression. With `mean` 0.4, the usual choice
+            of reimplementations.
         inner_loss: how the cross-entropy of a support set is reduced; regression always takes the mean.
         adapt_norm: whether the inner loop adapts the parameters of the normalisation layers as well.
+        head_init: the linear head starts from N(0, 1) as in the paper's code, or from zero: then the first inner step
+            makes it a classifier by support features, no class has a head start, and short trainings get much further.
         lr: rate of the outer Adam.
         schedule: the outer rate over the training: constant (paper) or a cosine to 0.
         strategy: how tasks are executed; `auto` is by shapes (see `metabench.tasks.choose`).
@@ -167,6 +173,7 @@ def build(
         inner_lr=inner_lr,
         inner_loss=inner_loss,
         adapt_norm=adapt_norm,
+        head_init=head_init,
         lr=lr,
         schedule=schedule,
         strategy=strategy,
@@ -183,6 +190,7 @@ def assemble(
     inner_lr: float | None,
     inner_loss: InnerLoss,
     adapt_norm: bool,
+    head_init: HeadInit,
     lr: float,
     schedule: Schedule,
     strategy: Choice,
@@ -193,11 +201,11 @@ def assemble(
         backbone = "conv4-strided" if len(problem.shape) == 3 else "mlp"
     return Maml(
         problem,
-        make_network(problem, backbone, norm),
+        make_network(problem, backbone, norm, head_init),
         strategy=strategy,
         second_order=second_order,
         steps=(steps[0], steps[1] if steps[1] is not None else 10 if regression else 3),
-        inner_lr=inner_lr if inner_lr is not None else 0.01 if regression else 0.4,
+        inner_lr=inner_lr if inner_lr is not None else default_rate(problem, inner_loss),
         inner_loss=inner_loss,
         adapt_norm=adapt_norm,
         lr=lr,
@@ -205,11 +213,20 @@ def assemble(
     )
 
 
-def make_network(problem: Problem, backbone: str, norm: Norm) -> Network:
+def default_rate(problem: Problem, inner_loss: InnerLoss) -> float:
+    """The paper's inner rate for the problem."""
+    if problem.ways is None:
+        return 0.01
+    return RATE_ON_MEAN / problem.ways if inner_loss == "per_class_sum" else 0.4
+
+
+def make_network(problem: Problem, backbone: str, norm: Norm, head_init: HeadInit) -> Network:
     """The paper's network for `problem`, initialised as its code does (vectors: as PyTorch does)."""
     body = make_backbone(backbone, problem.shape, norm=norm, eps=1e-3, gamma=False, glorot=True)
     network = Network(body, problem.ways if problem.ways is not None else problem.outputs)
     if len(problem.shape) == 3:
         nn.init.normal_(network.head.weight)
         nn.init.zeros_(network.head.bias)
+    if head_init == "zero":
+        nn.init.zeros_(network.head.weight)
     return network

@@ -1,0 +1,154 @@
+"""The worker and its line to the parent, as a process and in this one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import environ, until, write_learner, write_suite
+
+from metabench import runner, training
+from metabench.catalogue import catalogue
+from metabench.measure import Workshop, reason_of, run_job
+from metabench.scoring import Stopped
+from metabench.store import Run
+from metabench.suite import load_suite
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    for name in ("CHECKPOINT_SECONDS", "PROGRESS_SECONDS"):  # the plug-in sets them; here that must not last
+        monkeypatch.setattr(training, name, getattr(training, name))
+    write_learner(tmp_path, "good")
+    write_learner(tmp_path, "bad", "raise ValueError('one\\n  two')")
+    return tmp_path
+
+
+def job(folder, name, more=""):
+    """The message for an algorithm's job, as the runner makes it."""
+    suite = load_suite(write_suite(folder, "s", [name], more))
+    run = Run(folder / "run", {})
+    rows = [row for row in runner.plan(suite) if row.cell.algorithm == name]
+    (made,) = runner._jobs(rows)
+    return json.loads(json.dumps(made.message(1, suite, run, "digest"))), suite
+
+
+def perform(folder, name, *, stopping=lambda: False, emit=None, more=""):
+    """Do a job in this process; returns what is said."""
+    message, suite = job(folder, name, more)
+    known = catalogue(suite.plugins)
+    load = {"algorithm": lambda n: known.algorithm(n).load(), "dataset": lambda n: known.dataset(n).load()}
+    said = []
+
+    def keep(kind, **content):
+        said.append({"kind": kind, **json.loads(json.dumps(content, allow_nan=False))})
+
+    run_job(message, Workshop(load=lambda kind, n: load[kind](n), emit=emit or keep, stopping=stopping))
+    return message, said
+
+
+def test_every_row_of_a_job_is_answered_exactly_once(folder):
+    message, said = perform(folder, "good")
+    wanted = sorted((cell["id"], m) for cell in message["cells"] for m in cell["measures"])
+    assert sorted((s["cell"], s["measure"]) for s in said if s["kind"] == "result") == wanted
+    assert {s["status"] for s in said if s["kind"] == "result"} == {"ok"}
+    scores = [s for s in said if s.get("measure") == "accuracy"]
+    assert all(len(s["samples"]["scores"]) == len(s["samples"]["episodes"]) == 40 for s in scores)
+    assert (folder / "run" / "predictions" / scores[0]["facts"]["predictions"]).is_file()
+
+
+def test_an_error_is_one_line_that_says_where(folder):
+    _, said = perform(folder, "bad")
+    reasons = {s["reason"] for s in said if s["kind"] == "result"}
+    assert len(reasons) == 1
+    (reason,) = reasons
+    assert reason.startswith("ValueError: one two (bad.py:")
+    assert any("Traceback" in s["text"] for s in said if s["kind"] == "log")
+
+
+def test_a_result_that_cannot_be_sent_is_a_failed_row(folder):
+    said = []
+
+    def emit(kind, **content):
+        if content.get("status") == "ok":
+            raise ValueError("not JSON compliant")
+        said.append({"kind": kind, **content})
+
+    message, _ = perform(folder, "good", emit=emit)
+    failed = [s for s in said if s["kind"] == "result"]
+    assert len(failed) == sum(len(cell["measures"]) for cell in message["cells"])
+    assert {s["status"] for s in failed} == {"failed"}
+
+
+def test_a_stop_leaves_rows_pending(folder):
+    with pytest.raises(Stopped):
+        perform(folder, "good", stopping=lambda: True)
+    assert list((folder / "run" / "checkpoints").glob("*.pt"))
+
+
+def test_selection_on_validation_names_its_step(folder):
+    _, said = perform(folder, "good", more="\nevaluation: {episodes: 20, selection: val}\n")
+    assert {s["facts"]["selected_step"] for s in said if s["kind"] == "result"} <= set(range(1, 13))
+
+
+def test_reasons_of_our_own_errors_are_their_message():
+    from metabench.errors import DataError
+
+    assert reason_of(DataError("run metabench data fetch omniglot")) == "run metabench data fetch omniglot"
+
+
+def test_reasons_are_one_printable_line():
+    try:
+        raise ValueError("a\n\tb \x00\x1b[31m \udcff é")
+    except ValueError as error:
+        reason = reason_of(error)
+    assert reason.startswith("ValueError: a b [31m é (test_worker.py:")
+    assert reason.isprintable()
+
+
+@pytest.fixture
+def worker(folder):
+    message, suite = job(folder, "good")
+    variables = environ(OMP_NUM_THREADS="1", METABENCH_PLUGINS=json.dumps([str(p) for p in suite.plugins]))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "metabench.worker"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=variables, text=True,
+    )  # fmt: skip
+    yield process, message
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout, process.stderr):
+        stream.close()
+
+
+def test_the_protocol_as_a_process_and_the_end_of_an_orphan(worker, folder):
+    process, message = worker
+    source = folder / "good.py"
+    source.write_text(source.read_text() + "\nprint('a stray print')\nos.write(1, b'a stray write\\n')\n")
+    hello = json.loads(process.stdout.readline())
+    assert hello["kind"] == "hello"
+    assert hello["v"] == 1
+    assert hello["threads"] == 1
+    process.stdin.write(json.dumps(message) + "\n")
+    process.stdin.flush()
+    said = []
+    while not said or said[-1]["kind"] != "done":
+        said.append(json.loads(process.stdout.readline()))  # every line is JSON, whatever plug-ins print
+    assert said[-1]["job"] == 1
+    assert any(s["kind"] == "progress" for s in said)
+    (folder / "hold").write_text("2")  # a second training waits in its step 2, and its parent goes
+    message["checkpoint"] += ".other.pt"
+    process.stdin.write(json.dumps(message) + "\n")
+    process.stdin.flush()
+    until(lambda: len((folder / "steps.log").read_text().splitlines()) == 12 + 3, "the second training's step 2")
+    process.stdin.close()
+    time.sleep(0.2)
+    assert process.poll() is None  # it is in the middle of a step
+    (folder / "hold").unlink()
+    assert process.wait(10) == 0
+    assert os.path.exists(message["checkpoint"])  # noqa: PTH110
+    assert "a stray print" in process.stderr.read()
