@@ -164,6 +164,9 @@ class _Cells:
             samples = {"seconds": [facts["train_seconds"]]}
             self.result(cell["id"], measure, "ok", unit="s", samples=samples, facts=facts)
             return
+        if measure == "mse_before" and not algorithm.inner_loop:
+            self.result(cell["id"], measure, "skipped", reason="no inner loop, so nothing before it", facts=facts)
+            return
         adapt, test = self._on_features(algorithm, self.tests[cell["id"]], cell)
         adapt = algorithm.initial if measure == "mse_before" else adapt
         found = score_episodes(adapt, test, self.job["evaluation"]["episodes"], stopping=self.shop.stopping)

@@ -36,6 +36,7 @@ class Algorithm(nn.Module, ABC):
     """
 
     feeds: ClassVar[Literal["episodes", "images"] | None] = "episodes"
+    inner_loop: ClassVar[bool] = False  # whether adaptation takes steps, so that there is a prediction before them
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()
@@ -67,7 +68,7 @@ class Algorithm(nn.Module, ABC):
         return None
 
     def initial(self, support: Batch, *, seeds: Tensor) -> Learner:
-        """The prediction before adaptation (the `mse_before` measure): zero inner steps."""
+        """The prediction before adaptation (the `mse_before` measure), where there is an inner loop: zero steps."""
         return self.adapt(support, seeds=seeds, steps=0)
 
 

@@ -42,6 +42,8 @@ RATE_ON_MEAN = 2.0  # of the paper's inner step, for 5 ways (0.4 on the sum over
 class Maml(Algorithm):
     """Gradient steps on the support set; the outer loss is differentiated through them (`second_order`) or not."""
 
+    inner_loop = True
+
     def __init__(
         self,
         problem: Problem,

@@ -57,6 +57,8 @@ class Reptile(Algorithm):
 
     updates: Tensor
 
+    inner_loop = True
+
     def __init__(
         self,
         problem: Problem,
