@@ -141,20 +141,27 @@ class _Cells:
         job, spec = self.job, self.job["train"]
         assert self.source is not None
         source = self.source
-        validation = None
-        if job["evaluation"]["selection"] == "val":
-            first = job["cells"][0]
-            shape = {**first, **{k: spec[k] for k in ("ways", "shots") if spec.get(k)}}
-            validation = self._bind("val", shape)
         return Plan(
             source=source,
             spec=spec,
             checkpoint=Path(job["checkpoint"]),
             twin=lambda: build(job, self.shop, source.problem),
-            validation=validation,
+            validation=self._validation() if job["evaluation"]["selection"] == "val" else None,
             stopping=self.shop.stopping,
             emit=self.shop.emit,
         )
+
+    def _validation(self) -> TaskDistribution:
+        """Validation tasks in the shape of the training's (plain image batches: 5-way 1-shot), whatever is tested.
+
+        Never more ways than there are validation classes.
+        """
+        spec = self.job["train"]
+        shape = {**spec, "shots": spec["shots"] or 1, "queries": spec["queries"] or 5}
+        classes = self._bind("val", {**shape, "ways": None}).problem.classes
+        if classes is not None:
+            shape["ways"] = min(spec["ways"] or 5, classes)
+        return self._bind("val", shape)
 
     def _measure(self, algorithm: Algorithm, cell: Mapping[str, Any], measure: str, facts: Mapping[str, Any]) -> None:
         if measure == "train_time":
