@@ -188,14 +188,14 @@ def _write_reports(folder: Run) -> None:
 
 
 def _print_plan(suite: Suite, select: str, device: str | None, seeds: Sequence[int] | None, newest: Run | None) -> None:
-    from metabench import runner
+    from metabench import plan
 
-    rows = runner.select_rows(runner.plan(runner.override(suite, seeds=seeds, device=device)), select)
+    rows = plan.select_rows(plan.rows_of(plan.override(suite, seeds=seeds, device=device)), select)
     done = newest.measurements() if newest else {}
-    lines = [f"{'done' if runner.is_done(row, done) else 'to do':5}  {row.cell.id}  {row.measure}\n" for row in rows]
+    lines = [f"{'done' if plan.is_done(row, done) else 'to do':5}  {row.cell.id}  {row.measure}\n" for row in rows]
     _print_text("".join(lines))
     trainings = {row.cell.training_id for row in rows if row.cell.train}
-    left = sum(not runner.is_done(row, done) for row in rows)
+    left = sum(not plan.is_done(row, done) for row in rows)
     typer.echo(f"{suite.name}: {len(rows)} rows, {left} to do, {len(trainings)} trainings", err=True)
 
 

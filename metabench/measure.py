@@ -1,6 +1,6 @@
 """What a job does: train one meta-learner, then measure the cells that share it.
 
-A job is plain data, made by `runner.plan_jobs`. Results leave through `emit`, one per finished measure, so that the
+A job is plain data, made by `plan.Job.message`. Results leave through `emit`, one per finished measure, so that the
 parent can make each durable before the next begins.
 """
 

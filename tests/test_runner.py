@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import metabench, numbers, results, started, until, write_learner, write_suite
 
-from metabench import runner
+from metabench import plan
 from metabench.store import Run
 from metabench.suite import load_suite
 
@@ -133,8 +133,8 @@ def test_a_finished_suite_has_nothing_to_do(zoo):
 
 def test_editing_a_plugin_stales_its_own_rows_only(zoo):
     def hashes():
-        runner.source_hash.cache_clear()
-        return {row.key: row.hash for row in runner.plan(load_suite(zoo.suite))}
+        plan.source_hash.cache_clear()
+        return {row.key: row.hash for row in plan.rows_of(load_suite(zoo.suite))}
 
     before = hashes()
     file = zoo.folder / "raises.py"
@@ -153,7 +153,7 @@ def test_editing_a_plugin_stales_its_own_rows_only(zoo):
 def test_the_hash_covers_protocol_and_coordinates(zoo, tmp_path):
     def hashes(more):
         (tmp_path / "learner.py").write_text((zoo.folder / "learner.py").read_text())
-        return {row.hash for row in runner.plan(load_suite(write_suite(tmp_path, "s", ["learner"], more)))}
+        return {row.hash for row in plan.rows_of(load_suite(write_suite(tmp_path, "s", ["learner"], more)))}
 
     base = hashes("")
     assert len(base) == 4

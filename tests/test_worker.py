@@ -11,11 +11,10 @@ import time
 import pytest
 from conftest import environ, until, write_learner, write_suite
 
-from metabench import runner, training
+from metabench import plan, training
 from metabench.catalogue import catalogue
 from metabench.measure import Workshop, reason_of, run_job
 from metabench.scoring import Stopped
-from metabench.store import Run
 from metabench.suite import load_suite
 
 
@@ -31,10 +30,9 @@ def folder(tmp_path, monkeypatch):
 def job(folder, name, more=""):
     """The message for an algorithm's job, as the runner makes it."""
     suite = load_suite(write_suite(folder, "s", [name], more))
-    run = Run(folder / "run", {})
-    rows = [row for row in runner.plan(suite) if row.cell.algorithm == name]
-    (made,) = runner._jobs(rows)
-    return json.loads(json.dumps(made.message(1, suite, run, "digest"))), suite
+    rows = [row for row in plan.rows_of(suite) if row.cell.algorithm == name]
+    (made,) = plan.jobs_of(rows)
+    return json.loads(json.dumps(made.message(1, suite, folder / "run"))), suite
 
 
 def perform(folder, name, *, stopping=lambda: False, emit=None, more=""):

@@ -1,0 +1,223 @@
+"""From a suite to work: its rows, what determines each number, the run's description, and jobs for the workers.
+
+Plain data, no torch; nothing here runs anything.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.metadata
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import metabench
+from metabench.catalogue import Catalogue
+from metabench.cells import Cell, matches
+from metabench.store import FINAL, Key, Measurement, Run
+from metabench.suite import Suite
+
+PACKAGE = Path(metabench.__file__).parent
+TIMED = frozenset({"adapt_time"})  # measured last, in jobs of their own: nothing else of ours runs then
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row to be: a cell, a measure, and the hash of all that determines the number."""
+
+    cell: Cell
+    measure: str
+    hash: str
+
+    @property
+    def key(self) -> Key:
+        """The row's key in the store."""
+        return self.cell.id, self.measure
+
+
+def override(suite: Suite, *, seeds: Sequence[int] | None = None, device: str | None = None) -> Suite:
+    """The suite with every cell on these seeds, or on this device, instead of its own."""
+    cells = suite.cells()
+    if device is not None:
+        cells = tuple(replace(cell, device=device) for cell in cells)
+    if seeds is not None:
+        cells = tuple(replace(cell, seed=seed) for cell in cells for seed in seeds)
+    return replace(suite, points=tuple(dict.fromkeys(cells)))
+
+
+def rows_of(suite: Suite) -> tuple[Row, ...]:
+    """Every row of the suite."""
+    rows = []
+    for cell in suite.cells():
+        sources = sources_of(suite.catalogue, cell)
+        rows += [Row(cell, m, _row_hash(cell, m, suite, sources)) for m in cell.measures(suite.measures)]
+    return tuple(rows)
+
+
+def select_rows(rows: Iterable[Row], words: str) -> list[Row]:
+    """The rows whose 'cell.id/measure' holds every word (-k)."""
+    return [row for row in rows if matches(f"{row.cell.id}/{row.measure}", words)]
+
+
+def is_done(row: Row, done: Mapping[Key, Measurement]) -> bool:
+    """Whether the row needs no work: a final status, made by what its hash covers."""
+    found = done.get(row.key)
+    return found is not None and found.status in FINAL and found.hash == row.hash
+
+
+def _row_hash(cell: Cell, measure: str, suite: Suite, sources: str) -> str:
+    protocol = asdict(suite.evaluation) if measure not in TIMED else {}
+    what = [cell.id, cell.resolved, measure, protocol, sources, importlib.metadata.version("torch")]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def sources_of(known: Catalogue, cell: Cell) -> str:
+    """The hash of the code that makes the cell's numbers: its algorithm, its data set, and the core."""
+    return source_hash((known.algorithm(cell.algorithm).file, known.dataset(cell.dataset).file, PACKAGE / "measure.py"))
+
+
+@functools.cache
+def source_hash(files: tuple[Path, ...]) -> str:
+    """A hash over these source files and every module of metabench that they import, however far."""
+    seen: set[Path] = set()
+    todo = list(files)
+    while todo:
+        file = todo.pop()
+        if file not in seen:
+            seen.add(file)
+            todo.extend(_imports(file))
+    digest = hashlib.sha256()
+    for file in sorted(seen, key=lambda f: f.name):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes().replace(b"\r\n", b"\n") + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def _imports(file: Path) -> Iterator[Path]:
+    """The files of metabench's modules that a source file imports by name."""
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            first, *rest = name.split(".")
+            candidate = PACKAGE.joinpath(*rest).with_suffix(".py") if rest else PACKAGE / "__init__.py"
+            if first == "metabench" and rest and candidate.is_file():
+                yield candidate
+
+
+def manifest_of(suite: Suite, rows: Sequence[Row], keep: Run | None) -> dict[str, Any]:
+    """The run's description; with `keep`, rows of that run that the new plan does not name stay."""
+    cells = {row.cell.id: coordinates(row.cell, suite) for row in rows}
+    listed = [{"cell": row.cell.id, "measure": row.measure, "hash": row.hash} for row in rows]
+    if keep is not None:
+        named = {row.key for row in rows}
+        old = [r for r in keep.manifest["rows"] if (r["cell"], r["measure"]) not in named]
+        listed = old + listed
+        cells = {**{r["cell"]: keep.manifest["cells"][r["cell"]] for r in old}, **cells}
+    return {
+        "suite": suite.name,
+        "description": suite.description,
+        "reference": suite.reference,
+        "evaluation": asdict(suite.evaluation),
+        "resolved": suite.resolved(),
+        "hash": hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:12],
+        "metabench": metabench.__version__,
+        "argv": ["metabench", *sys.argv[1:]],
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "controls": sorted(name for name, plugin in suite.catalogue.algorithms.items() if plugin.meta["control"]),
+        "cells": cells,
+        "rows": listed,
+    }
+
+
+def coordinates(cell: Cell, suite: Suite) -> dict[str, Any]:
+    """The columns of results.csv that are known before anything runs."""
+    return {
+        "cell": cell.id,
+        "algorithm": cell.algorithm,
+        "params": json.dumps(dict(cell.resolved), sort_keys=True),
+        "dataset": cell.dataset,
+        "split": cell.split,
+        "ways": cell.ways,
+        "shots": cell.shots,
+        "queries": cell.queries,
+        "bn_mode": cell.bn_mode,
+        "device": cell.device,
+        "precision": cell.precision,
+        "seed": cell.seed,
+        "rotations": cell.rotations,
+        "norm": cell.norm,
+        "selection": suite.evaluation.selection if cell.train else "",
+        "train_spec": cell.train.text if cell.train else "",
+        "training": cell.training_id if cell.train else "",
+    }
+
+
+@dataclass(frozen=True)
+class Job:
+    """Rows that share one training (mode train), or that are timed together (mode time)."""
+
+    mode: str
+    rows: tuple[Row, ...]
+
+    @property
+    def title(self) -> str:
+        """What is done, on what."""
+        algorithm, data = self.rows[0].cell.id.split("/")[:2]
+        return f"{'training' if self.rows[0].cell.train else 'measuring'} {algorithm} on {data}"
+
+    def message(self, number: int, suite: Suite, folder: Path) -> dict[str, Any]:
+        """The job as the plain data a worker understands (see measure.py)."""
+        cell = self.rows[0].cell
+        measures: dict[str, list[str]] = {}
+        for row in self.rows:
+            measures.setdefault(row.cell.id, []).append(row.measure)
+        shapes = {row.cell.id: row.cell for row in self.rows}
+        version = importlib.metadata.version("torch")
+        what = [
+            cell.training_id,
+            sources_of(suite.catalogue, cell),
+            suite.evaluation.selection,
+            suite.evaluation.seed,
+            version,
+        ]
+        name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+        return {
+            "kind": "job",
+            "id": number,
+            "mode": self.mode,
+            "algorithm": cell.algorithm,
+            "params": dict(cell.resolved),
+            "dataset": cell.dataset,
+            "data_params": {**dict(cell.data_params), "split": cell.split},
+            "rotations": cell.rotations,
+            "train": asdict(cell.train) if cell.train else None,
+            "precision": cell.precision,
+            "device": cell.device,
+            "seed": cell.seed,
+            "evaluation": asdict(suite.evaluation),
+            "cells": [
+                {"id": key, "ways": c.ways, "shots": c.shots, "queries": c.queries, "measures": measures[key]}
+                for key, c in shapes.items()
+            ],
+            "checkpoint": str(folder / "checkpoints" / f"{name}.pt"),
+            "predictions": str(folder / "predictions"),
+        }
+
+
+def jobs_of(rows: Iterable[Row]) -> list[Job]:
+    """Trainings in the suite's order, each with all its rows; then the timings."""
+    groups: dict[tuple[bool, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.measure in TIMED, row.cell.training_id), []).append(row)
+    jobs = [Job("time" if timed else "train", tuple(members)) for (timed, _), members in groups.items()]
+    return sorted(jobs, key=lambda job: job.mode == "time")
