@@ -1,6 +1,6 @@
 """Fill README.md's generated parts: tables from committed results, files shown verbatim. `--check` only compares.
 
-    python docs/update_readme.py [--check]
+python docs/update_readme.py [--check]
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import re
 import sys
 from pathlib import Path
 
-from metabench.report import load, render
+from metabench.report import render
+from metabench.report.load import load
 
 ROOT = Path(__file__).resolve().parent.parent
 PART = re.compile(r"<!-- (table|file): (\S+) -->\n.*?<!-- end -->", re.DOTALL)
@@ -26,8 +27,9 @@ def _part(kind: str, name: str) -> str:
         language = "python" if path.suffix == ".py" else "yaml"
         return f"```{language}\n{path.read_text(encoding='utf-8')}```\n"
     runs = sorted(file.parent for file in path.rglob("manifest.json"))
-    report = render(load(runs), "md")
-    return report.split("\n## ")[0] + "\n"
+    tables = re.split(r"(?=^### )", render(load(runs), "md"), flags=re.MULTILINE)[1:]
+    legend = tables[-1].rstrip().rpartition("\n\n")[2]
+    return f"{tables[0].rstrip()}\n\n{legend}\n"
 
 
 if __name__ == "__main__":

@@ -145,10 +145,6 @@ class Catalogue:
         """Return the data set. Raises ConfigError with the nearest name if there is none."""
         return _named(name, self.datasets, "data set")
 
-    def sources(self, plugin: Plugin) -> str:
-        """Return the SHA-256 of the plug-in's source text, line ends aside: finished rows are valid for it alone."""
-        return hashlib.sha256(plugin.file.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
-
 
 def _named(name: str, known: Mapping[str, Plugin], noun: str) -> Plugin:
     if name not in known:

@@ -84,7 +84,15 @@ def sources_of(known: Catalogue, cell: Cell) -> str:
 
 @functools.cache
 def source_hash(files: tuple[Path, ...]) -> str:
-    """A hash over these source files and every module of metabench that they import, however far."""
+    """A hash over these source files and every module of metabench that they import; line ends do not count."""
+    digest = hashlib.sha256()
+    for file in sorted(imported_files(files), key=lambda f: f.name):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes().replace(b"\r\n", b"\n") + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def imported_files(files: Iterable[Path]) -> set[Path]:
+    """These files and the modules of metabench that they import, however far."""
     seen: set[Path] = set()
     todo = list(files)
     while todo:
@@ -92,10 +100,7 @@ def source_hash(files: tuple[Path, ...]) -> str:
         if file not in seen:
             seen.add(file)
             todo.extend(_imports(file))
-    digest = hashlib.sha256()
-    for file in sorted(seen, key=lambda f: f.name):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes().replace(b"\r\n", b"\n") + b"\0")
-    return digest.hexdigest()[:12]
+    return seen
 
 
 def _imports(file: Path) -> Iterator[Path]:

@@ -130,19 +130,6 @@ def test_unknown_names_get_a_suggestion(tmp_path: Path) -> None:
         known.dataset("dot")
 
 
-def test_sources_follow_the_text_but_not_its_line_ends(tmp_path: Path) -> None:
-    def digest() -> str:
-        known = catalogue([tmp_path / "dots.py"])
-        return known.sources(known.dataset("dots"))
-
-    write(tmp_path, DATASET, "dots.py")
-    first = digest()
-    (tmp_path / "dots.py").write_bytes(DATASET.replace("\n", "\r\n").encode())
-    assert digest() == first and len(first) == 64
-    write(tmp_path, DATASET + "# edited\n", "dots.py")
-    assert digest() != first
-
-
 @pytest.mark.parametrize(
     ("old", "new", "line", "message"),
     [

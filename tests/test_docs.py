@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import typer.main
 
 from metabench.cli import app
-from metabench.suite import shipped_suites
+from metabench.suite import load_suite, shipped_suites
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [file for file in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if file.is_file()]
@@ -70,8 +73,17 @@ def test_links_inside_the_repository_lead_somewhere(file):
 
 
 def test_every_shipped_suite_says_what_it_is_for():
-    from metabench.suite import load_suite
-
     assert shipped_suites()
     for name in shipped_suites():
         assert load_suite(name).description, name
+
+
+def test_the_generated_parts_of_the_readme_are_up_to_date():
+    check = [sys.executable, "docs/update_readme.py", "--check"]
+    done = subprocess.run(check, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_example_plugin_is_a_valid_suite_of_two_methods():
+    suite = load_suite(ROOT / "docs/examples/mine.yaml")
+    assert {cell.algorithm for cell in suite.cells()} >= {"protonet", "scaled-protonet"}
