@@ -217,7 +217,7 @@ class Conv4(Backbone):
 class Mlp(Backbone):
     """Fully connected ReLU layers for vector inputs, no normalisation (the sinusoid network without its last layer).
 
-    MAML: 1-40-40, truncated normal 0.01 initialisation; Reptile: 1-64-64.
+    MAML: 1-40-40; Reptile: 1-64-64. PyTorch's initialisation (MAML's code: truncated normal 0.01, which learns slower).
     """
 
     def __init__(self, shape: tuple[int, ...], *, norm: Norm, hidden: int = 40) -> None:

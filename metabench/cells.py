@@ -63,11 +63,6 @@ class TrainSpec:
             return self.batch
         return (self.ways or 1) * ((self.shots or 0) + (self.queries or 0)) * (self.tasks or 1)
 
-    @property
-    def quick_look(self) -> bool:
-        """Whether the budget is wall time: such rows do not repeat and are never ranked."""
-        return self.seconds is not None
-
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:

@@ -23,6 +23,7 @@ from metabench.errors import ConfigError, Interrupted, MetabenchError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from metabench.report import RunData
     from metabench.runner import Outcome
     from metabench.store import Run
     from metabench.suite import Suite
@@ -127,7 +128,8 @@ def run(
     code = 0
     for suite in chosen:
         if plan:
-            _print_plan(suite, select, where, numbers, Run.open(extend) if extend else Run.newest(out, suite.name))
+            known = Run.open(extend) if extend else Run.newest(out, suite.name) if resume else None
+            _print_plan(suite, select, where, numbers, known)
             continue
         code = max(code, _run(suite, out, select, where, numbers, resume, extend, jobs).exit_code)
     sys.exit(code)
@@ -162,16 +164,18 @@ def _run(
             )
     except KeyboardInterrupt:  # before there was anything to stop
         raise Interrupted("interrupted; the same command goes on from here") from None
-    _write_reports(outcome.run)
-    if outcome.rows == 0:
-        stderr.print(f"error: no row of {suite.name} matches -k {select!r}; see `metabench run {suite.name} --plan`")
+    except Interrupted:
+        if show.run is not None:
+            _derive(show.run)
+        raise
+    _print_tables(_derive(outcome.run))
     for row in outcome.bad:
         stderr.print(f"{row.status}: {row.cell} {row.measure}: {row.reason}", style="red", markup=False, soft_wrap=True)
     return outcome
 
 
-def _write_reports(folder: Run) -> None:
-    """The derived files of a run, its tables on standard output, and the summary that CI shows."""
+def _derive(folder: Run) -> RunData:
+    """Write the derived files of a run and the summary that CI shows; return what they were made of."""
     from metabench.report import csvfile, render
     from metabench.report.load import load
 
@@ -180,11 +184,20 @@ def _write_reports(folder: Run) -> None:
     folder.write("episodes.csv", csvfile.episodes(data.episodes))
     markdown = render(data, "md")
     folder.write("report.md", markdown)
-    _print_text(render(data, "table", width=_width()))
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if summary:
         with Path(summary).open("a", encoding="utf-8") as file:
             file.write(markdown)
+    return data
+
+
+def _print_tables(data: RunData, reference: str | None = None) -> None:
+    """The comparative tables on standard output, as wide as it is."""
+    from rich.console import Console
+
+    from metabench.report import table, tables
+
+    table.show(tables(data, reference), Console(width=_width(), highlight=False))
 
 
 def _print_plan(suite: Suite, select: str, device: str | None, seeds: Sequence[int] | None, newest: Run | None) -> None:
@@ -241,7 +254,11 @@ def report(
     from metabench.report import render
     from metabench.report.load import load
 
-    _print_text(render(load(runs), format, reference, width=_width()))
+    data = load(runs)
+    if format == "table":
+        _print_tables(data, reference)
+    else:
+        _print_text(render(data, format, reference))
 
 
 @data_app.command("ls")

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+PROTOCOL = 1  # of the lines that parent and worker speak
 PACKAGES = ("torch", "numpy", "scipy", "pillow")
 # Kept arenas: without them glibc maps, faults in and unmaps every large tensor at each step, which is both noise
 # and 20-35 % of the time. Passive OpenMP threads: spinning ones beside other work cost 10 to 200 times.

@@ -194,8 +194,9 @@ class ImageData:
         """
         return ImageTasks(self, subset, ways, shots, queries, rotations, seed, device)
 
+    @functools.cached_property
     def pixels_hash(self) -> str:
-        """Hash of the pixels themselves, for the environment."""
+        """Hash of the pixels themselves; every row keeps it."""
         return hashlib.sha256(np.ascontiguousarray(self.images).tobytes()).hexdigest()[:16]
 
 
@@ -258,7 +259,7 @@ class ImageTasks:
             )
 
     def episodes(self, start: int, tasks: int) -> Episode:
-        """Tasks start .. start+tasks-1, support (T, ways*shots), query (T, ways*queries), ordered by label."""
+        """Tasks start .. start+tasks-1: support (T, ways*shots) ordered by label, query (T, ways*queries) shuffled."""
         if self._ways is None:
             raise ConfigError("episodes need a number of ways")
         ways, pool, per_class = self._ways, len(self._pool), self._per_class
@@ -270,11 +271,13 @@ class ImageTasks:
         elif self._turn == "episode":
             classes = classes + self._count * scaled(turn, 4)
         picks = smallest(drawings.reshape(tasks, ways, per_class), self._shots + self._queries)
-        index = torch.from_numpy(classes[:, :, None] * per_class + picks)
+        index = classes[:, :, None] * per_class + picks
         ids = self._ids(classes, picks) if self._hashed else ()
+        # the order of the queries must not give their labels away
+        order = smallest(words(self._key ^ 2, start, tasks, ways * self._queries), ways * self._queries)
         return Episode(
             support=self._gather(index[:, :, : self._shots]),
-            query=self._gather(index[:, :, self._shots :]),
+            query=self._gather(index[:, :, self._shots :], order),
             seeds=torch.from_numpy(task_seeds(seeds[:, 0])),
             ids=ids,
             classes=classes % self._count,
@@ -321,11 +324,15 @@ class ImageTasks:
         same._bank, same._scale = features, 1.0
         return same
 
-    def _gather(self, index: Tensor) -> Batch:
+    def _gather(self, index: np.ndarray, order: np.ndarray | None = None) -> Batch:
+        """Images (T, ways, per way) as a batch, its label the position of the way; `order` (T, n) shuffles it."""
         tasks, ways, per_way = index.shape
-        x = self._pixels(index.reshape(tasks, -1))
-        y = torch.arange(ways, device=x.device).repeat_interleave(per_way).expand(tasks, -1)
-        return Batch(x, y, ways=ways)
+        flat = index.reshape(tasks, -1)
+        labels = np.broadcast_to(np.repeat(np.arange(ways), per_way), flat.shape)
+        if order is not None:
+            flat, labels = np.take_along_axis(flat, order, 1), np.take_along_axis(labels, order, 1)
+        x = self._pixels(torch.from_numpy(flat))
+        return Batch(x, torch.from_numpy(labels.copy()).to(x.device), ways=ways)
 
     def _pixels(self, index: Tensor) -> Tensor:
         """Image numbers (T, n) -> float32 (T, n, 1, H, W) in [0, 1]."""

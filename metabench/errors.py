@@ -27,6 +27,12 @@ class StoreError(MetabenchError):
     """A run folder cannot be read or written."""
 
 
+class NothingRan(MetabenchError):
+    """There was nothing to do where something was asked for."""
+
+    exit_code = 3
+
+
 class WorkerError(MetabenchError):
     """The worker process could not do its work (the cell becomes a row with this reason)."""
 

@@ -20,7 +20,7 @@ from metabench import timing
 from metabench.algorithms.base import Algorithm, Learner
 from metabench.algorithms.metric import FeatureMethod
 from metabench.backbones import Backbone
-from metabench.episodes import Dataset, ImageTasks, Problem, Subset, TaskDistribution, philox_key
+from metabench.episodes import Dataset, ImageData, ImageTasks, Problem, Subset, TaskDistribution, philox_key
 from metabench.errors import Diverged, MetabenchError, Unsupported
 from metabench.scoring import Stopped, score_episodes
 from metabench.training import Plan, train
@@ -113,6 +113,11 @@ class _Cells:
             for measure in cell["measures"]:
                 self._measure(algorithm, cell, measure, facts)
 
+    def _wait(self) -> None:
+        """Until the device has done all it was given."""
+        if self.job["device"] == "cuda":
+            torch.cuda.synchronize()
+
     def _bind(self, subset: Subset, shape: Mapping[str, Any]) -> TaskDistribution:
         """The subset's tasks in the shape a cell or a training spec declares."""
         return self.dataset.tasks(
@@ -148,6 +153,7 @@ class _Cells:
             twin=lambda: build(job, self.shop, source.problem),
             validation=self._validation() if job["evaluation"]["selection"] == "val" else None,
             stopping=self.shop.stopping,
+            synchronise=self._wait,
             emit=self.shop.emit,
         )
 
@@ -165,9 +171,6 @@ class _Cells:
 
     def _measure(self, algorithm: Algorithm, cell: Mapping[str, Any], measure: str, facts: Mapping[str, Any]) -> None:
         if measure == "train_time":
-            if "train_seconds" not in facts:
-                self.result(cell["id"], measure, "skipped", reason="nothing to train", facts=facts)
-                return
             samples = {"seconds": [facts["train_seconds"]]}
             self.result(cell["id"], measure, "ok", unit="s", samples=samples, facts=facts)
             return
@@ -178,6 +181,8 @@ class _Cells:
         adapt = algorithm.initial if measure == "mse_before" else adapt
         found = score_episodes(adapt, test, self.job["evaluation"]["episodes"], stopping=self.shop.stopping)
         known = {**facts, "episodes_hash": found.episodes_hash}
+        if isinstance(self.dataset, ImageData):
+            known["pixels"] = self.dataset.pixels_hash
         if found.credit is not None:
             name = hashlib.sha256(f"{cell['id']} {measure}".encode()).hexdigest()[:16]
             known["predictions"] = found.credit.save(Path(self.job["predictions"]), name)
@@ -187,7 +192,8 @@ class _Cells:
             "diverged" if found.not_finite else "ok",
             reason=f"{found.not_finite} predictions were not finite" if found.not_finite else "",
             unit="fraction" if measure == "accuracy" else "squared error",
-            samples={"scores": found.scores, "episodes": found.ids},
+            # a mean error over some episodes only would be no error of the method: then there is no value at all
+            samples=None if found.not_finite and found.credit is None else found.samples,
             facts=known,
         )
 
@@ -211,9 +217,10 @@ class _Cells:
     def _time(self, algorithm: Algorithm, cell: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         """The inner loop of one task, in evaluation mode; its cost does not depend on what was learned."""
         episode = self.tests[cell["id"]].episodes(0, 1)
-        wait = torch.cuda.synchronize if self.job["device"] == "cuda" else lambda: None
         with torch.no_grad():
-            seconds = timing.sample(lambda: algorithm.adapt(episode.support, seeds=episode.seeds), synchronise=wait)
+            seconds = timing.sample(
+                lambda: algorithm.adapt(episode.support, seeds=episode.seeds), synchronise=self._wait
+            )
         self.result(cell["id"], "adapt_time", "ok", unit="s", samples={"seconds": seconds}, facts={**facts, "tasks": 1})
 
 

@@ -55,7 +55,7 @@ def rows_of(suite: Suite) -> tuple[Row, ...]:
     """Every row of the suite."""
     rows = []
     for cell in suite.cells():
-        sources = sources_of(suite.catalogue, cell)
+        sources = sources_of(suite.catalogue, cell.algorithm, cell.dataset)
         rows += [Row(cell, m, _row_hash(cell, m, suite, sources)) for m in cell.measures(suite.measures)]
     return tuple(rows)
 
@@ -72,14 +72,18 @@ def is_done(row: Row, done: Mapping[Key, Measurement]) -> bool:
 
 
 def _row_hash(cell: Cell, measure: str, suite: Suite, sources: str) -> str:
+    """What a finished row is valid for; a training does not depend on how many test episodes follow it."""
     protocol = asdict(suite.evaluation) if measure not in TIMED else {}
-    what = [cell.id, cell.resolved, measure, protocol, sources, importlib.metadata.version("torch")]
+    if measure == "train_time":
+        protocol.pop("episodes")
+    what = [cell.id, cell.resolved, measure, protocol, sources]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def sources_of(known: Catalogue, cell: Cell) -> str:
-    """The hash of the code that makes the cell's numbers: its algorithm, its data set, and the core."""
-    return source_hash((known.algorithm(cell.algorithm).file, known.dataset(cell.dataset).file, PACKAGE / "measure.py"))
+def sources_of(known: Catalogue, algorithm: str, dataset: str) -> str:
+    """The hash of the code that makes a cell's numbers: its algorithm, its data set, the core, and torch's version."""
+    files = (known.algorithm(algorithm).file, known.dataset(dataset).file, PACKAGE / "measure.py")
+    return f"{source_hash(files)}-{importlib.metadata.version('torch')}"
 
 
 @functools.cache
@@ -104,8 +108,12 @@ def imported_files(files: Iterable[Path]) -> set[Path]:
 
 
 def _imports(file: Path) -> Iterator[Path]:
-    """The files of metabench's modules that a source file imports by name."""
-    for node in ast.walk(ast.parse(file.read_bytes())):
+    """The files of metabench's modules that a source file imports by name, and packaged data that it names."""
+    text = file.read_bytes()
+    if file.suffix != ".py":
+        return
+    yield from (data for data in sorted((PACKAGE / "data").iterdir()) if data.name.encode() in text)
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):
@@ -126,6 +134,7 @@ def manifest_of(suite: Suite, rows: Sequence[Row], keep: Run | None) -> dict[str
     if keep is not None:
         named = {row.key for row in rows}
         old = [r for r in keep.manifest["rows"] if (r["cell"], r["measure"]) not in named]
+        old = [r for r in old if _still_valid(keep.manifest["cells"][r["cell"]], suite.catalogue)]
         listed = old + listed
         cells = {**{r["cell"]: keep.manifest["cells"][r["cell"]] for r in old}, **cells}
     return {
@@ -144,8 +153,15 @@ def manifest_of(suite: Suite, rows: Sequence[Row], keep: Run | None) -> dict[str
     }
 
 
+def _still_valid(cell: Mapping[str, Any], known: Catalogue) -> bool:
+    """Whether the code that made a cell of an earlier plan is still the code."""
+    if cell["algorithm"] not in known.algorithms or cell["dataset"] not in known.datasets:
+        return False
+    return bool(cell["sources"] == sources_of(known, cell["algorithm"], cell["dataset"]))
+
+
 def coordinates(cell: Cell, suite: Suite) -> dict[str, Any]:
-    """The columns of results.csv that are known before anything runs."""
+    """The columns of results.csv that are known before anything runs, and the hash of the cell's code."""
     return {
         "cell": cell.id,
         "algorithm": cell.algorithm,
@@ -164,6 +180,7 @@ def coordinates(cell: Cell, suite: Suite) -> dict[str, Any]:
         "selection": suite.evaluation.selection if cell.train else "",
         "train_spec": cell.train.text if cell.train else "",
         "training": cell.training_id if cell.train else "",
+        "sources": sources_of(suite.catalogue, cell.algorithm, cell.dataset),
     }
 
 
@@ -190,7 +207,7 @@ class Job:
         version = importlib.metadata.version("torch")
         what = [
             cell.training_id,
-            sources_of(suite.catalogue, cell),
+            sources_of(suite.catalogue, cell.algorithm, cell.dataset),
             suite.evaluation.selection,
             suite.evaluation.seed,
             version,

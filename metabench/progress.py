@@ -35,7 +35,9 @@ class Show:
         self._trainings: dict[int, TaskID] = {}
         self._began: dict[int, float] = {}
         self._said: dict[int, float] = {}
+        self._first: dict[int, int] = {}
         self._count = self._total = 0
+        self.run: Run | None = None
 
     def __enter__(self) -> Show:
         self._bars.start()
@@ -46,6 +48,7 @@ class Show:
 
     def begin(self, run: Run, rows: int, done: int) -> None:
         """Say where the run is kept and how much of it is there."""
+        self.run = run
         kept = f", {done} of them already measured" if done else ""
         self._line(f"{run.manifest['suite']}: {rows} rows{kept} -> {_short(run)}")
         self._count, self._total = done, rows
@@ -60,12 +63,14 @@ class Show:
         """Move the training's bar; off a terminal say a line now and then."""
         shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
         if job not in self._trainings:
+            self._first[job] = step
             self._trainings[job] = self._bars.add_task(f"training {job}", total=steps, completed=step, more=shown)
         self._bars.update(self._trainings[job], completed=step, total=steps, more=shown, visible=step < steps)
         now = time.monotonic()
         if not self.console.is_terminal and now - self._said[job] > QUIET_SECONDS:
             self._said[job] = now
-            left = (now - self._began[job]) / max(step, 1) * (steps - step)
+            done = step - self._first[job]  # a resumed training starts further on
+            left = (now - self._began[job]) / max(done, 1) * (steps - step)
             self._line(f"    ({job}) step {step}/{steps}, about {left:.0f} s left  {shown}", style="dim")
 
     def row(self, row: Measurement) -> None:

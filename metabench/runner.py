@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 from metabench import environment
 from metabench.cells import unsupported
-from metabench.errors import ConfigError, Interrupted, WorkerError
+from metabench.errors import ConfigError, Interrupted, NothingRan, WorkerError
 from metabench.plan import Job, Row, is_done, jobs_of, manifest_of, override, rows_of, select_rows
 from metabench.store import FINAL, NOT_HERE, Key, Measurement, Run
 from metabench.suite import Suite
@@ -60,8 +60,8 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """0 good, 3 a cell failed or nothing ran."""
-        return 3 if self.bad or self.rows == 0 else 0
+        """0 good, 3 a cell failed."""
+        return 3 if self.bad else 0
 
 
 def run(
@@ -88,12 +88,15 @@ def run(
     asked = override(suite, seeds=seeds, device=device)
     rows = rows_of(asked)
     chosen = select_rows(rows, select)
-    folder = Run.open(extend) if extend else (Run.newest(out, suite.name) if resume else None)
-    manifest = manifest_of(asked, rows, keep=folder if seeds or device or extend else None)
-    folder = folder or Run.create(out, suite.name, manifest)
+    if not chosen:
+        raise NothingRan(f"no row of {suite.name} holds all of {select!r}; see metabench run {suite.name} --plan")
+    folder = _folder(suite, out, resume, extend, watch) or Run.create(out, suite.name, manifest_of(asked, rows, None))
     with folder.writing():
         done = folder.measurements()
         _tell_stale(chosen, done, watch)
+        partial = seeds is not None or device is not None or extend is not None
+        manifest = manifest_of(asked, rows, folder if partial else None)
+        _tell_dropped(folder.manifest, manifest, watch)
         folder.manifest = {**folder.manifest, **manifest}
         folder.save_manifest()
         left = [row for row in chosen if not is_done(row, done)]
@@ -105,11 +108,34 @@ def run(
     return Outcome(folder, len(chosen), tuple(bad))
 
 
+def _folder(suite: Suite, out: Path, resume: bool, extend: Path | None, watch: Watch) -> Run | None:
+    """The run to go on with, or None for a new one."""
+    if extend is None:
+        if not resume:
+            return None
+        newest = Run.newest(out, suite.name)
+        unread = Run.unreadable(out, suite.name)
+        if newest is None and unread:
+            watch.note(f"{unread}; a new run is started")
+        return newest
+    folder = Run.open(extend)
+    if folder.manifest["suite"] != suite.name:
+        raise ConfigError(f"--extend {extend}: a run of suite {folder.manifest['suite']}, not of {suite.name}")
+    return folder
+
+
 def _tell_stale(rows: Iterable[Row], done: Mapping[Key, Measurement], watch: Watch) -> None:
     stale = [row for row in rows if row.key in done and done[row.key].hash not in (row.hash, NOT_HERE)]
     if stale:
         names = ", ".join(sorted({row.cell.algorithm for row in stale}))
         watch.note(f"{len(stale)} rows are measured again: their code, protocol or torch changed ({names})")
+
+
+def _tell_dropped(old: Mapping[str, Any], new: Mapping[str, Any], watch: Watch) -> None:
+    listed = {(row["cell"], row["measure"]) for row in new["rows"]}
+    dropped = [row for row in old["rows"] if (row["cell"], row["measure"]) not in listed]
+    if dropped:
+        watch.note(f"{len(dropped)} earlier rows leave the tables: they are not in this plan, or their code changed")
 
 
 class _Execution:
@@ -128,7 +154,8 @@ class _Execution:
         Raises:
             Interrupted: Ctrl-C or SIGTERM.
         """
-        threads = self.suite.threads or max(1, environment.cores() // self.lanes)
+        cores = environment.cores()
+        threads = min(self.suite.threads or cores, max(1, cores // self.lanes))
         try:
             first = self._hire(threads)
             if self.insist == "cuda" and not self.cuda:
@@ -136,7 +163,7 @@ class _Execution:
             jobs = jobs_of([row for row in rows if not self._skip(row, first)])
             trainings = [job for job in jobs if job.mode == "train"]
             self._spread(trainings, self.lanes, threads, first)
-            self._spread(jobs[len(trainings) :], 1, self.suite.threads or environment.cores(), None)
+            self._spread(jobs[len(trainings) :], 1, self.suite.threads or cores, None)
         except KeyboardInterrupt:
             self._stop()
             raise Interrupted("interrupted; finished rows are kept, the same command goes on from here") from None
@@ -177,6 +204,8 @@ class _Execution:
         """A live worker, and what it says about this machine."""
         worker = Worker(threads, self.suite.plugins, self.folder.path / "worker.log")
         self.hired.add(worker)
+        if self.stopping:
+            worker.ask_to_stop()
         hello = worker.hello()
         self.cuda = bool(hello["cuda"])
         facts = environment.stable({k: hello[k] for k in ("torch", "gpu", "threads")})
@@ -216,6 +245,7 @@ class _Execution:
         left = {row.key: row for row in job.rows}
         message = job.message(number, self.suite, self.folder.path)
         place = worker.environment if worker else ""
+        final = True
         try:
             worker = worker or self._hire(threads)
             place = worker.environment
@@ -225,6 +255,7 @@ class _Execution:
                     with self.lock:
                         self.watch.progress(number, heard["step"], heard["steps"], heard["metrics"])
                 elif heard["kind"] == "result":
+                    final &= heard["status"] in (*FINAL, "diverged")
                     self._store(left.pop((heard["cell"], heard["measure"])), heard, place)
                 elif heard["kind"] == "log":
                     worker.log(heard["text"])
@@ -239,7 +270,7 @@ class _Execution:
             if worker:
                 worker.kill()  # nobody hears it any more: it would wait for ever at a full pipe
             raise
-        if job.mode == "train" and not left:
+        if job.mode == "train" and final and not left:  # a failed row goes on from the checkpoint
             checkpoint = Path(message["checkpoint"])
             for file in checkpoint.parent.glob(f"{checkpoint.stem}.*"):  # and what a kill left half written
                 file.unlink(missing_ok=True)
@@ -295,7 +326,11 @@ class Worker:
     def hello(self) -> dict[str, Any]:
         """The worker's first message: torch, devices, threads."""
         try:
-            return next(self.messages())
+            hello = next(self.messages())
+            if hello["v"] != environment.PROTOCOL:
+                raise WorkerError(f"it speaks protocol {hello['v']}, not {environment.PROTOCOL}; reinstall metabench")
+
+            return hello
         except WorkerError as error:
             raise WorkerError(f"{self._log.name}: at its start, {error}") from error
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Credit:
-    """What each query was answered, (E, m) uint8 arrays, and the classes (E, ways) behind the labels.
+    """What each query was answered, (E, m) uint16 arrays, and the classes (E, ways) behind the labels.
 
     `ties` is 0 for a wrong answer, else the number of tied maxima among which the label was: it scores 1/ties.
     """
@@ -59,6 +60,11 @@ class Scores:
     not_finite: int
 
     @property
+    def samples(self) -> dict[str, list[Any]]:
+        """The raw samples that are kept: each episode's score and hash."""
+        return {"scores": self.scores, "episodes": self.ids}
+
+    @property
     def episodes_hash(self) -> str:
         """One hash over all episodes: equal hashes mean identical test episodes."""
         return hashlib.sha256("".join(self.ids).encode()).hexdigest()[:12]
@@ -90,15 +96,17 @@ def score_episodes(
         episode = test.episodes(start, min(at_once, count - start))
         with torch.no_grad():
             output = adapt(episode.support, seeds=episode.seeds)(episode.query.x)
-        not_finite += int((~torch.isfinite(output)).any(-1).sum())
         if episode.query.ways is None:
-            scores.append((output - episode.query.y).square().mean((1, 2)).double().cpu().numpy())
+            errors = (output.double() - episode.query.y.double()).square().mean((1, 2))
+            not_finite += int((~torch.isfinite(errors)).sum())
+            scores.append(errors.cpu().numpy())
         else:
+            not_finite += int((~torch.isfinite(output)).any(-1).sum())
             credit = _credit(output, episode)
             credits.append(credit)
             scores.append(np.where(credit.ties > 0, 1.0 / np.maximum(credit.ties, 1), 0.0).mean(1))
         ids.extend(episode.ids)
-    # a score that JSON cannot hold (an overflow of the squared error) is already counted as not finite
+    # an error that is not finite is counted above; JSON cannot hold it
     values = np.nan_to_num(np.concatenate(scores), nan=0.0, posinf=0.0, neginf=0.0)
     return Scores([float(v) for v in values], ids, Credit.joined(credits) if credits else None, not_finite)
 
@@ -113,8 +121,8 @@ def _credit(logits: Tensor, episode: Episode) -> Credit:
     ties = torch.where(hit, tied.sum(-1), 0)
     classes = episode.classes if episode.classes is not None else np.zeros((query.tasks, query.ways or 0))
     return Credit(
-        predicted=top.indices[..., 0].cpu().numpy().astype(np.uint8),
-        ties=ties.cpu().numpy().astype(np.uint8),
-        labels=query.y.cpu().numpy().astype(np.uint8),
+        predicted=top.indices[..., 0].cpu().numpy().astype(np.uint16),
+        ties=ties.cpu().numpy().astype(np.uint16),
+        labels=query.y.cpu().numpy().astype(np.uint16),
         classes=classes.astype(np.int32),
     )

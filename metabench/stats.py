@@ -50,7 +50,7 @@ class Agreement:
     """How alike two data sets order the same algorithms.
 
     `tau` Kendall's tau-b of the two lists of means, with the interval `low`..`high`; of `pairs` pairs of
-    algorithms, `decided` are told apart on both data sets, and `alike` of those point the same way.
+    algorithms, the second data set tells `decided` apart, and the first orders `alike` of those the same way.
     """
 
     tau: float
@@ -111,19 +111,6 @@ def paired_difference(a: Scores, b: Scores, *, level: float = 0.95) -> Interval:
     return seeds_interval(x - y, level=level)
 
 
-def class_interval(credit: Scores, classes: npt.ArrayLike, *, level: float = 0.95) -> Interval:
-    """The interval of the mean of `credit` (n queries) with its `classes` (n,) as random clusters.
-
-    It answers "what if other classes had been drawn for testing", which an interval over episodes of the same
-    few classes does not (Lafargue et al. 2024).
-    """
-    x = _finite(credit, ndim=1)
-    _, index = np.unique(np.asarray(classes), return_inverse=True)
-    if index.shape != x.shape:
-        raise ValueError(f"every query needs one class, got {x.shape} credits and {index.shape} classes")
-    return cluster_interval(np.bincount(index, weights=x), np.bincount(index), level=level)
-
-
 def cluster_interval(sums: Scores, counts: Scores, *, level: float = 0.95) -> Interval:
     """The interval of sum(sums) / sum(counts): the cluster-robust variance of a ratio, t with C - 1 df.
 
@@ -141,22 +128,6 @@ def cluster_interval(sums: Scores, counts: Scores, *, level: float = 0.95) -> In
     return _student(value, se, clusters - 1, clusters, _sd(s / n), level)
 
 
-def median_interval(values: Scores, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Interval:
-    """The percentile bootstrap interval of the median of `values` (n,), n independent processes.
-
-    The draws come from Philox with `seed`, so the same values give the same interval everywhere. One value
-    has no bounds.
-    """
-    x = _finite(values, ndim=1)
-    value = float(np.median(x))
-    if len(x) == 1:
-        return Interval(value, None, None, 1, None)
-    generator = np.random.Generator(np.random.Philox(seed))
-    medians = np.median(x[generator.integers(0, len(x), size=(draws, len(x)))], axis=1)
-    low, high = np.quantile(medians, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(value, float(low), float(high), len(x), _sd(x))
-
-
 def smallest_visible_difference(difference: Interval, *, power: float = 0.8) -> float | None:
     """The true difference that an interval as wide as `difference`'s would exclude zero for with probability `power`.
 
@@ -171,13 +142,13 @@ def smallest_visible_difference(difference: Interval, *, power: float = 0.8) -> 
 def rank_agreement(
     a: Sequence[Interval], b: Sequence[Interval], *, level: float = 0.95, draws: int = 2000, seed: int = 0
 ) -> Agreement:
-    """How alike data sets A and B order the same algorithms; `a[i]` and `b[i]` are algorithm i's mean on each.
+    """How alike A, a stand-in, and B, the real thing, order the same algorithms: `a[i]` and `b[i]` are i's means.
 
     tau-b (Kendall 1945) is of the means. Its interval is a parametric bootstrap: every mean is redrawn from a
     normal with its own standard error (half width / normal quantile), so it says how far measurement noise
-    could move tau; it has no bounds where a mean has none. A pair is decided on a data set when the two means
-    lie further apart than their half widths added in quadrature. Raises ValueError for unequal lists or fewer
-    than two algorithms.
+    could move tau; it has no bounds where a mean has none. A pair is decided when its means on B lie further
+    apart than their half widths added in quadrature; what counts then is the order of its means on A. Raises
+    ValueError for unequal lists or fewer than two algorithms.
     """
     if len(a) != len(b) or len(a) < 2:
         raise ValueError(
@@ -186,10 +157,10 @@ def rank_agreement(
     means = [np.array([i.value for i in side]) for side in (a, b)]
     tau = float(_tau_b(means[0][None], means[1][None])[0])
     halves = [np.array([np.nan if i.half is None else i.half for i in side]) for side in (a, b)]
-    signs = [_decided(m, h) for m, h in zip(means, halves, strict=True)]
-    both = (signs[0] != 0) & (signs[1] != 0)
+    order, real = _decided(means[0], np.zeros_like(means[0])), _decided(means[1], halves[1])
+    decided = real != 0
     low, high = _tau_bounds(means, halves, level, draws, seed)
-    return Agreement(tau, low, high, len(both), int(both.sum()), int((signs[0] == signs[1])[both].sum()))
+    return Agreement(tau, low, high, len(real), int(decided.sum()), int((order == real)[decided].sum()))
 
 
 def _tau_bounds(

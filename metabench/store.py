@@ -13,7 +13,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from io import FileIO
@@ -131,6 +131,18 @@ class Run:
                 return cls.open(folder / name)
         return None
 
+    @classmethod
+    def unreadable(cls, out: Path, suite: str) -> str | None:
+        """Why the run that `latest` names cannot be gone on with, or None."""
+        latest = out / suite / "latest"
+        if not latest.is_dir():
+            return None
+        try:
+            cls.open(latest)
+        except StoreError as error:
+            return str(error)
+        return None
+
     @property
     def name(self) -> str:
         """The run's own name, its folder's."""
@@ -143,15 +155,20 @@ class Run:
         Raises:
             StoreError: another process is writing this run, or the folder cannot be written.
         """
-        with _disk(self.path), (self.path / "lock").open("w") as lock:
+        with _disk(self.path):
+            lock = (self.path / "lock").open("w")
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 raise StoreError(
                     f"{self.path}: another metabench is writing this run; wait for it or stop it"
                 ) from error
-            for name in ("samples.jsonl", "measurements.jsonl"):
-                _cut_torn_line(self.path / name)
+            except OSError as error:
+                raise StoreError(f"{self.path}: cannot be locked ({error}); use a local folder with --out") from error
+            with _disk(self.path):
+                for name in ("samples.jsonl", "measurements.jsonl"):
+                    _cut_torn_line(self.path / name)
             yield
 
     def append(self, measurement: Measurement, samples: Mapping[str, Any] | None = None) -> Measurement:
@@ -247,11 +264,6 @@ class Run:
         known = self.environments()
         known[name] = {**known.get(name, {}), **fingerprint}
         self.write("environment.json", json.dumps(known, indent=1, ensure_ascii=False) + "\n")
-
-
-def pending(keys: Iterable[tuple[Key, str]], done: Mapping[Key, Measurement]) -> list[Key]:
-    """The (key, hash) pairs that still need work: absent, not final, or made by something else than `hash`."""
-    return [key for key, digest in keys if key not in done or done[key].status not in FINAL or done[key].hash != digest]
 
 
 def _row(run: Run, cell: Mapping[str, Any], m: Measurement) -> dict[str, Any]:

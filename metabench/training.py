@@ -41,7 +41,8 @@ class Progress:
 class Plan:
     """One training: its tasks, its spec (see `next_batch`), where to keep and what to watch.
 
-    `twin` makes an equal, fresh algorithm (to measure the price of a step); `validation` None: the last step counts.
+    `twin` makes an equal, fresh algorithm (to measure the price of a step); `validation` None: the last step counts;
+    `synchronise` waits for the device.
     """
 
     source: TaskDistribution
@@ -50,6 +51,7 @@ class Plan:
     twin: Callable[[], Algorithm]
     validation: TaskDistribution | None
     stopping: Callable[[], bool]
+    synchronise: Callable[[], None]
     emit: Callable[..., None]
 
 
@@ -70,11 +72,11 @@ def train(algorithm: Algorithm, plan: Plan) -> dict[str, Any]:
         progress.resumed += progress.step < progress.steps
     algorithm.train()
     _loop(algorithm, trainer, plan, progress)
-    if progress.best_state is not None:
-        algorithm.load_state_dict(progress.best_state)
     algorithm.eval()
     if not all(bool(torch.isfinite(p).all()) for p in algorithm.parameters()):
         raise Diverged(f"parameters not finite after {progress.steps} training steps; lower the learning rate")
+    if progress.best_state is not None:
+        algorithm.load_state_dict(progress.best_state)
     with torch.no_grad():
         algorithm.prepare(plan.source)
     return {
@@ -91,13 +93,14 @@ def _loop(algorithm: Algorithm, trainer: Trainer, plan: Plan, progress: Progress
     while progress.step < progress.steps:
         metrics = trainer.step(next_batch(plan.source, plan.spec, algorithm.feeds, progress.step))
         progress.step += 1
+        plan.synchronise()  # a device that still works on the step would work outside the clock
         now = time.perf_counter()
         progress.seconds += now - mark
-        if now - said > PROGRESS_SECONDS:
+        if now - said > PROGRESS_SECONDS or progress.step == progress.steps:
             said = now
             finite = {k: float(v) for k, v in metrics.items() if bool(torch.isfinite(v))}
             plan.emit("progress", step=progress.step, steps=progress.steps, metrics=finite)
-        if plan.validation is not None and progress.step % every == 0:
+        if plan.validation is not None and (progress.step % every == 0 or progress.step == progress.steps):
             _select(algorithm, plan, plan.validation, progress)
         stopping = plan.stopping()
         if stopping or now - saved > CHECKPOINT_SECONDS or progress.step == progress.steps:
@@ -126,6 +129,7 @@ def resolve_steps(plan: Plan) -> int:
     for step in range(8):
         start = time.perf_counter()
         trainer.step(next_batch(plan.source, plan.spec, twin.feeds, step))
+        plan.synchronise()
         seconds.append(time.perf_counter() - start)
     each = statistics.median(seconds[3:])
     return max(1, round(float(plan.spec["seconds"]) / each))
@@ -136,9 +140,11 @@ def _select(algorithm: Algorithm, plan: Plan, validation: TaskDistribution, prog
     algorithm.eval()
     with torch.no_grad():
         algorithm.prepare(plan.source)
-    scores = score_episodes(algorithm.adapt, validation, VALIDATION_EPISODES).scores
+    found = score_episodes(algorithm.adapt, validation, VALIDATION_EPISODES)
     algorithm.train()
-    better = statistics.fmean(scores) * (1 if algorithm.problem.loss == "cross_entropy" else -1)
+    if found.not_finite:
+        return
+    better = statistics.fmean(found.scores) * (1 if algorithm.problem.loss == "cross_entropy" else -1)
     if better > progress.best:
         progress.best, progress.best_step = better, progress.step
         progress.best_state = {k: v.detach().clone() for k, v in algorithm.state_dict().items()}

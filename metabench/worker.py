@@ -15,7 +15,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-PROTOCOL = 1
+from metabench import environment
+
 ORPHAN_SECONDS = 20.0  # a worker whose parent is gone has so long to save its checkpoint
 
 
@@ -32,7 +33,7 @@ class Line:
     def emit(self, kind: str, **content: Any) -> None:
         """Send one message; a parent that is gone ends the worker."""
         try:
-            self._out.write(json.dumps({"v": PROTOCOL, "kind": kind, **content}, allow_nan=False) + "\n")
+            self._out.write(json.dumps({"v": environment.PROTOCOL, "kind": kind, **content}, allow_nan=False) + "\n")
             self._out.flush()
         except BrokenPipeError:
             os._exit(1)

@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     # the bridge
     "plan": {"store", *SUITES},
     "runner": {"plan", "store", "environment", "stats", *SUITES},
-    "worker": {"catalogue", "measure", "scoring"},
+    "worker": {"catalogue", "environment", "measure", "scoring"},
     # the top
     "progress": {"runner", "store"},
     "listing": {"datasets", *SUITES},

@@ -39,7 +39,8 @@ class Results:
                 "measure": "accuracy", "unit": "fraction", "status": "ok", **columns,
             }  # fmt: skip
             keys = ("params", "ways", "shots", "queries", "dataset", "bn_mode", "device", "precision", "rotations")
-            base["cell"] = "/".join([algorithm, *(str(base[key]) for key in keys), f"seed{seed}"])
+            named = f"{algorithm}{base['params']}", f"{base['dataset']}[{base['split']}]"
+            base["cell"] = "/".join([*named, *(str(base[key]) for key in keys), f"seed{seed}"])
             if isinstance(level, str) or seed in failed:
                 status = level if isinstance(level, str) else "diverged"
                 self.rows.append({"reason": f"{algorithm} has a reason", **base, "status": status})
@@ -114,7 +115,7 @@ def test_quality_difference_and_classes_are_the_intervals_of_stats():
         ]
         return mine.pivot(index="seed", columns="episode", values="score").to_numpy()
 
-    proto, maml = scores("protonet"), scores('maml/{"inner_steps": 5}')
+    proto, maml = scores("protonet"), scores('maml{"inner_steps": 5}')
     assert row(made, "protonet").quality == seeds_interval(proto)
     found = row(made, "maml inner_steps=5").difference
     expected = paired_difference(maml, proto)
@@ -476,10 +477,13 @@ Smallest visible difference to protonet (80 % power): 0.68 points.
 Intervals are at 95 %: over seeds, with the shared test episodes as second
 source of variance.
 A row with one seed has its interval over test episodes alone.
-By class: the same models on other test classes.
+By class: queries clustered by their class; the distractors they met are not
+counted.
 Differences are paired on the same episodes, each at 95 %, not corrected for
 their number.
 * best, supported by every paired difference.
+Published numbers come from the papers' own, longer trainings; ~ marks a known
+difference of protocol.
 """
 
 WIDE = """\
@@ -517,7 +521,7 @@ queries 15 · split vinyals (test) · test episodes 40 · seeds 3 · rotations n
 - [2] maml as published in Model-Agnostic Meta-Learning, 2017, Table 1; random split; transductive BN; 600 tasks; unlike this table: random split, transductive, 1 query
 - [3] maml as published in Model-Agnostic Meta-Learning, 2017, Table 1; random split; transductive BN; 600 tasks; unlike this table: random split, 1 query
 
-Intervals are at 95 %: over seeds, with the shared test episodes as second source of variance. A row with one seed has its interval over test episodes alone. By class: the same models on other test classes. Differences are paired on the same episodes, each at 95 %, not corrected for their number. \\* best, supported by every paired difference.
+Intervals are at 95 %: over seeds, with the shared test episodes as second source of variance. A row with one seed has its interval over test episodes alone. By class: queries clustered by their class; the distractors they met are not counted. Differences are paired on the same episodes, each at 95 %, not corrected for their number. \\* best, supported by every paired difference. Published numbers come from the papers' own, longer trainings; \\~ marks a known difference of protocol.
 """
 
 LATEX = """\
@@ -550,9 +554,10 @@ chance & 20.06\\,$\\pm$\\,0.46 &  & $-75.21$\\,$\\pm$\\,0.50 &  &  &  \\\\
 \\item Smallest visible difference to protonet (80 \\% power): 0.68 points.
 \\item Intervals are at 95 \\%: over seeds, with the shared test episodes as second source of variance.
 \\item A row with one seed has its interval over test episodes alone.
-\\item By class: the same models on other test classes.
+\\item By class: queries clustered by their class; the distractors they met are not counted.
 \\item Differences are paired on the same episodes, each at 95 \\%, not corrected for their number.
 \\item Bold: best, supported by every paired difference.
+\\item Published numbers come from the papers' own, longer trainings; \\textasciitilde{} marks a known difference of protocol.
 \\item metanet failed: metanet has a reason.
 \\end{tablenotes}
 \\end{threeparttable}

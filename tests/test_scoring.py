@@ -67,7 +67,7 @@ def test_regression_is_the_mean_squared_error_and_an_overflow_stays_a_number():
     assert found.scores == [5.0, 0.0]
     assert (found.not_finite, found.credit) == (1, None)
     huge = score_episodes(echo, Fixed([[[3e38]]], targets=[[[-3e38]]]), 1)
-    assert np.isfinite(huge.scores).all()
+    assert huge.not_finite == 0 and huge.scores[0] > 1e77  # finite in float64: an enormous error, never a perfect one
 
 
 @settings(max_examples=30, deadline=None)

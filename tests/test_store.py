@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 
 from metabench import store
 from metabench.errors import StoreError
-from metabench.store import NOT_HERE, Measurement, Run, pending
+from metabench.plan import Row, is_done
+from metabench.store import NOT_HERE, Measurement, Run
 
 
 def manifest(cells=("a", "b"), digest="h1"):
@@ -69,7 +71,7 @@ def test_a_row_that_this_machine_cannot_measure_is_shown_and_stays_pending(run):
     with run.writing():
         run.append(measured("a", None, status="skipped", reason="no CUDA", digest=NOT_HERE))
     assert [row["reason"] for row in run.rows()] == ["no CUDA"]
-    assert pending([(("a", "accuracy"), "h1")], run.measurements()) == [("a", "accuracy")]
+    assert not is_done(row("h1"), run.measurements())
 
 
 @pytest.mark.parametrize(
@@ -85,11 +87,16 @@ def test_a_row_that_this_machine_cannot_measure_is_shown_and_stays_pending(run):
 )
 def test_only_ok_and_skipped_of_the_same_hash_are_final(status, digest, expected):
     done = {("a", "accuracy"): measured("a", 0.1, status=status, digest=digest)}
-    assert bool(pending([(("a", "accuracy"), "h1")], done)) is expected
+    assert is_done(row("h1"), done) is not expected
 
 
 def test_what_was_never_measured_is_pending():
-    assert pending([(("a", "accuracy"), "h1")], {}) == [("a", "accuracy")]
+    assert not is_done(row("h1"), {})
+
+
+def row(digest):
+    """The row ("a", accuracy) of a plan."""
+    return Row(SimpleNamespace(id="a"), "accuracy", digest)
 
 
 @settings(max_examples=60, deadline=None)

@@ -71,6 +71,7 @@ def plan(folder, **changes):
         twin=fresh,
         validation=None,
         stopping=lambda: False,
+        synchronise=lambda: None,
         emit=lambda kind, **content: None,
     )
     return replace(default, **changes)

@@ -150,8 +150,9 @@ def build(
         problem: the inputs' shape, and `ways` classes or `outputs` numbers to predict.
         backbone: `auto` is conv4-strided for images and mlp for vectors.
         norm: whose statistics the batch norm uses (see `metabench.backbones`).
-        inner_steps: gradient steps in training.
-        test_steps: gradient steps in evaluation; by default 3 for classification and 10 for regression, as the paper.
+        inner_steps: gradient steps in training; by default 1, as the paper for 5 ways and regression (20 ways: 5).
+        test_steps: gradient steps in evaluation; by default 3 for classification, as the paper for 5 ways (20 ways:
+            5), and 10 for regression.
         inner_lr: rate of the inner loop; by default as the paper: 0.4 for 5 ways and 0.1 for 20 with `per_class_sum`
             (2.0 on the mean loss, which other ways get too), 0.01 for regression. With `mean` 0.4, the usual choice
             of reimplementations.

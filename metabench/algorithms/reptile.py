@@ -52,6 +52,9 @@ def mini_batches(seeds: Tensor, examples: int, batch: int, steps: int) -> Tensor
     return torch.from_numpy(order[:, : steps * batch].reshape(len(keys), steps, batch))
 
 
+MANY_WAYS = 10  # above it the paper's settings for 20 ways, up to it those for 5
+
+
 class Reptile(Algorithm):
     """Adam on a task's mini-batches; `Trainer.step` moves the initialisation towards where that ends."""
 
@@ -200,26 +203,26 @@ def build(
     *,
     backbone: Literal["auto", "conv4", "conv4-strided", "conv4-strided-flat", "mlp", "mlp64"] = "auto",
     norm: Literal["support", "each", "layer", "batch"] = "support",
-    inner_steps: int = 5,
+    inner_steps: int | None = None,
     test_steps: int = 50,
-    inner_batch: int = 10,
-    eval_batch: int = 5,
+    inner_batch: int | None = None,
+    eval_batch: int | None = None,
     inner_lr: float | None = None,
     strategy: Literal["auto", "serial", "vmap"] = "auto",
 ) -> Reptile:
-    """Reptile for `problem`; the defaults are the paper's for 5 ways (20 ways: 10 steps, batches 20 / 10, rate 5e-4).
+    """Reptile for `problem`; the defaults are the paper's: one set for 5 ways, one for 20 (here: for more than 10).
 
     Args:
         problem: the inputs' shape, and `ways` classes or `outputs` numbers to predict.
         backbone: `auto` is conv4-strided-flat for images and mlp64 for vectors.
         norm: whose statistics the batch norm uses for queries; in the inner loop always the mini-batch's. (TaskNorm is
             not offered: its blend depends on the size of the set, which differs between mini-batch and support set.)
-        inner_steps: Adam steps per task in training.
+        inner_steps: Adam steps per task in training; by default 5, for 20 ways 10.
         test_steps: Adam steps per task in evaluation.
-        inner_batch: examples per step in training.
-        eval_batch: examples per step in evaluation.
-        inner_lr: rate of the inner Adam; by default 1e-3 for classification (paper) and 1e-2 for regression (ours:
-            on sinusoids 1e-3 learnt more slowly).
+        inner_batch: examples per step in training; by default 10, for 20 ways 20.
+        eval_batch: examples per step in evaluation; by default 5, for 20 ways 10.
+        inner_lr: rate of the inner Adam; by default 1e-3, for 20 ways 5e-4, and 1e-2 for regression (ours: on
+            sinusoids 1e-3 learnt more slowly).
         strategy: how tasks are executed in evaluation; `auto` is by shapes (see `metabench.tasks.choose`).
 
     Raises:
@@ -231,11 +234,13 @@ def build(
     network = Network(body, problem.ways if problem.ways is not None else problem.outputs)
     torch.nn.init.xavier_uniform_(network.head.weight)
     torch.nn.init.zeros_(network.head.bias)
+    many = problem.ways is not None and problem.ways > MANY_WAYS
+    rate = 1e-2 if problem.loss == "mse" else 5e-4 if many else 1e-3
     return Reptile(
         problem,
         network,
         strategy=strategy,
-        steps=(inner_steps, test_steps),
-        batches=(inner_batch, eval_batch),
-        inner_lr=inner_lr if inner_lr is not None else 1e-2 if problem.loss == "mse" else 1e-3,
+        steps=(inner_steps or (10 if many else 5), test_steps),
+        batches=(inner_batch or (20 if many else 10), eval_batch or (10 if many else 5)),
+        inner_lr=inner_lr if inner_lr is not None else rate,
     )

@@ -15,19 +15,20 @@ from metabench.stats import Interval, smallest_visible_difference
 
 RANKING_SEEDS = 3
 QUALITIES = ("accuracy", "mse")
+THREADED = (("training", "train_time"), ("adaptation", "adapt_time"))
 COSTS = ("adapt_time", "predict_time", "train_time")
 
 
 def tables(data: RunData, reference: str | None = None) -> list[Table]:
     """One comparative table per task and quality measure, in the order of the results.
 
-    A task is (dataset, split, ways, shots, queries, rotations, device, precision). `reference` is an algorithm's name
-    or a row's own label; without one it is the suite's own, and where that has no result the first method that is no
-    control. Raises ConfigError where a reference asked for is in no table.
+    A task is (dataset with its parameters, split, ways, shots, queries, rotations, device, precision). `reference` is
+    an algorithm's name or a row's own label; without one it is the suite's own, and where that has no result the first
+    method that is no control. Raises ConfigError where a reference asked for is in no table.
     """
     made: list[Table] = []
     seen: set[str] = set()
-    for _, rows in data.rows.groupby(list(TASK), sort=False, dropna=False):
+    for _, rows in _with_data(data.rows).groupby(list(TASK), sort=False, dropna=False):
         for measure in _measures(rows):
             found = methods(rows, measure, data)
             seen |= {name for m in found for name in (m.label, m.algorithm)}
@@ -35,6 +36,17 @@ def tables(data: RunData, reference: str | None = None) -> list[Table]:
     if reference is not None and made and reference not in seen:
         raise ConfigError(f"no row is called {reference!r}{did_you_mean(reference, seen)}")
     return made
+
+
+def _with_data(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with the data segment of their cell ids, which names the data set's parameters too."""
+    return rows.assign(data=rows["cell"].astype(str).str.split("/").str[1])
+
+
+def _data_parameters(task: pd.Series) -> str:
+    """Those parameters of the data set that have no column of their own: 'size=105'."""
+    inside = str(task["data"]).partition("[")[2].rstrip("]").split(",")
+    return ", ".join(item for item in inside if "=" in item and not item.startswith("rotations="))
 
 
 def _measures(rows: pd.DataFrame) -> list[str]:
@@ -100,17 +112,21 @@ def _row(m: Method, data: RunData, reference: Method | None, notes: _Notes) -> R
     paper = published(
         m.algorithm, str(task["dataset"]), count(task["ways"]), _shots(task, m.measure), measure=m.measure
     )
+    gap, shared = _to_reference(m, reference)
+    remarks = _remarks(m, quality)
+    if reference is not None and gap and 0 < shared < min(len(finished), len(reference.of(reference.measure))):
+        remarks.append(f"the difference is on the {shared} seeds that both have")
     return replace(
         row,
         by_class=m.by_class(data),
-        difference=_to_reference(m, reference),
+        difference=gap,
         is_reference=m is reference,
         published=paper,
         deviations=_deviations(paper, m) if paper else (),
         adapt_time=m.cost("adapt_time"),
         train_time=m.cost("train_time"),
         train_steps=_steps(m),
-        notes=tuple(notes.add(text) for text in _remarks(m, quality)),
+        notes=tuple(notes.add(text) for text in remarks),
     )
 
 
@@ -145,11 +161,11 @@ def _outcome(unfinished: pd.DataFrame) -> tuple[str, str]:
     return str(last["status"]), "no reason recorded" if pd.isna(last["reason"]) else str(last["reason"])
 
 
-def _to_reference(m: Method, reference: Method | None) -> Interval | None:
-    """The difference to the reference; none across protocols, controls excepted."""
+def _to_reference(m: Method, reference: Method | None) -> tuple[Interval | None, int]:
+    """The difference to the reference, and the seeds it is on; none across protocols, controls excepted."""
     if reference is None or m is reference or (m.bn_mode != reference.bn_mode and not m.control):
-        return None
-    return difference(m, reference)[0]
+        return None, 0
+    return difference(m, reference)
 
 
 def _ranking(members: Sequence[Method]) -> tuple[dict[str, Mark], str]:
@@ -219,14 +235,23 @@ def _protocol(found: Sequence[Method], task: pd.Series) -> tuple[tuple[str, str]
         ("split", f"{task['split']} (test)" if not pd.isna(task["split"]) else ""),
         ("test episodes", _span(scored["n"].dropna().astype(int))),
         ("seeds", _span(pd.Series(seeds, dtype=int))),
+        ("data", _data_parameters(task)),
         ("rotations", "" if pd.isna(task["rotations"]) else str(task["rotations"])),
         ("norm", _shared([m for m in trained if m.bn_mode != "transductive"], "norm")),
         ("selection", _shared(trained, "selection")),
         ("training", _shared(trained, "train_spec")),
         ("device", " ".join(str(task[c]) for c in ("device", "precision") if not pd.isna(task[c]))),
+        ("threads", _threads(found)),
         ("tasks per call", _span(pd.concat([m.of("adapt_time") for m in found])["tasks"].dropna().astype(int))),
     ]
     return tuple((name, value) for name, value in entries if value)
+
+
+def _threads(found: Sequence[Method]) -> str:
+    """The threads of trainings and of timings, which are not the same when trainings ran side by side."""
+    spans = [(name, pd.concat([m.of(measure) for m in found])["threads"].dropna()) for name, measure in THREADED]
+    texts = [f"{name} {_span(values.astype(int))}" for name, values in spans if len(values)]
+    return ", ".join(texts)
 
 
 def _shared(found: Sequence[Method], column: str) -> str:

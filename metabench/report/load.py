@@ -11,7 +11,7 @@ import numpy as np
 
 from metabench.errors import StoreError
 from metabench.report.model import RunData
-from metabench.store import Measurement, Run
+from metabench.store import Key, Measurement, Run
 
 
 def load(paths: Sequence[Path]) -> RunData:
@@ -21,26 +21,26 @@ def load(paths: Sequence[Path]) -> RunData:
         StoreError: not a run folder, a damaged one, or one of another schema.
     """
     runs = [Run.open(path) for path in paths]
-    rows: list[dict[str, Any]] = []
+    found: dict[Key, tuple[Run, Measurement, dict[str, Any]]] = {}
+    for run in runs:
+        current = run.current()
+        for row in run.rows():
+            key = (row["cell"], row["measure"])
+            if key not in found or row["status"] == "ok" or found[key][1].status != "ok":
+                found[key] = (run, current[key], row)  # a failure never hides an earlier result
     episodes: list[dict[str, Any]] = []
     by_class: list[dict[str, Any]] = []
-    controls: set[str] = set()
-    environments: dict[str, Any] = {}
-    for run in runs:
-        rows += run.rows()
-        environments |= run.environments()
-        controls |= set(run.manifest["controls"])
-        for measurement in run.current().values():
-            where = {
-                "cell": measurement.cell,
-                "seed": run.manifest["cells"][measurement.cell]["seed"],
-                "measure": measurement.measure,
-            }
-            episodes += ({**where, **row} for row in _scores(run, measurement))
-            by_class += ({**where, **row} for row in _credit(run, measurement))
-    manifest = runs[-1].manifest if runs else {}
+    for run, measurement, row in found.values():
+        where = {"cell": row["cell"], "seed": row["seed"], "measure": row["measure"]}
+        episodes += ({**where, **score} for score in _scores(run, measurement))
+        by_class += ({**where, **credit} for credit in _credit(run, measurement))
     return RunData.of(
-        rows, episodes, by_class, manifest=manifest, environment=environments, controls=controls or {"chance"}
+        [row for _, _, row in found.values()],
+        episodes,
+        by_class,
+        manifest=runs[-1].manifest if runs else {},
+        environment={name: facts for run in runs for name, facts in run.environments().items()},
+        controls={name for run in runs for name in run.manifest["controls"]},
     )
 
 

@@ -15,8 +15,8 @@ import pandas as pd
 from metabench.report.model import RunData
 from metabench.stats import Interval, cluster_interval, mean_interval, paired_difference, seeds_interval
 
-TASK = ("dataset", "split", "ways", "shots", "queries", "rotations", "device", "precision")
-IDENTITY = ("algorithm", "params", "bn_mode", "train_spec")
+TASK = ("data", "dataset", "split", "ways", "shots", "queries", "rotations", "device", "precision")
+IDENTITY = ("algorithm", "params", "bn_mode", "train_spec", "selection")
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,8 @@ def _settings(group: pd.DataFrame) -> dict[str, str]:
         params = json.loads(text) if text else {}
     except json.JSONDecodeError:
         params = {"params": text}
-    return {"train": first(group, "train_spec"), **{key: json.dumps(value) for key, value in params.items()}}
+    protocol = {"train": first(group, "train_spec"), "selection": first(group, "selection")}
+    return {**protocol, **{key: json.dumps(value) for key, value in params.items()}}
 
 
 def _plain(value: str) -> str:

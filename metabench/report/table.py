@@ -147,7 +147,7 @@ def _narrow(table: Table) -> list[Column]:
             lambda row: wording.half(row.quality, m),
         ),
         Column(("± by", "class"), lambda row: wording.half(row.by_class, m)),
-        Column(("difference", f"to {_cut(table.reference or '', 14)}"), lambda row: _gap(row, m, wide=False)),
+        Column(("difference", f"to {_cut(table.reference or '', 10)}"), lambda row: _gap(row, m, wide=False)),
         Column(("paper", wording.unit(m)), wording.paper),
         *_costs(),
     ]

@@ -118,13 +118,17 @@ def legend(tables: list[Table]) -> list[str]:
     elif any(row.quality for row in rows):
         said.append("Intervals are at 95 %, over test episodes.")
     if any(row.by_class for row in rows):
-        said.append("By class: the same models on other test classes.")
+        said.append("By class: queries clustered by their class; the distractors they met are not counted.")
     if any(row.difference for row in rows):
         said.append("Differences are paired on the same episodes, each at 95 %, not corrected for their number.")
     if any(row.mark == "best" for row in rows):
         said.append("* best, supported by every paired difference.")
     if any(row.mark == "here" for row in rows):
         said.append("+ best on these episodes and trainings only.")
+    if any(row.published for row in rows):
+        said.append(
+            "Published numbers come from the papers' own, longer trainings; ~ marks a known difference of protocol."
+        )
     if any(row.published and not row.published.verified for row in rows):
         said.append("? published, not verified.")
     return said
