@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from metabench import plan
+from metabench.store import Run
 from metabench.suite import load_suite
 
 
@@ -34,3 +37,30 @@ def test_trainings_come_first_and_are_shared_by_the_tasks_that_state_them():
     assert modes == sorted(modes, reverse=True)  # "train" before "time": nothing else runs beside a timing
     (protonet,) = [job for job in jobs if job.mode == "train" and job.rows[0].cell.algorithm == "protonet"]
     assert {row.cell.shots for row in protonet.rows} == {1, 5}
+
+
+def test_rows_of_an_earlier_plan_stay_only_while_their_code_does(tmp_path):
+    suite = load_suite("smoke")
+    rows = plan.rows_of(suite)
+    manifest = plan.manifest_of(suite, rows, None)
+    seeds = plan.override(suite, seeds=[7])
+    kept = plan.manifest_of(seeds, plan.rows_of(seeds), Run(tmp_path, manifest))
+    assert len(kept["rows"]) == 2 * len(rows)
+    for cell in manifest["cells"].values():
+        if cell["algorithm"] == "protonet":
+            cell["sources"] = "older"
+    dropped = plan.manifest_of(seeds, plan.rows_of(seeds), Run(tmp_path, manifest))
+    old = [row for row in dropped["rows"] if not row["cell"].endswith("seed7")]
+    assert old and not any(row["cell"].startswith("protonet") for row in old)
+
+
+def test_more_test_episodes_stale_scores_but_no_training_time():
+    suite = load_suite("smoke")
+    more = replace(suite, evaluation=replace(suite.evaluation, episodes=51))
+    changed = {a.measure for a, b in zip(plan.rows_of(suite), plan.rows_of(more), strict=True) if a.hash != b.hash}
+    assert changed == {"accuracy", "mse", "mse_before"}
+
+
+def test_packaged_data_that_a_source_names_belongs_to_its_hash():
+    names = {file.name for file in plan.imported_files([plan.PACKAGE / "datasets" / "omniglot.py"])}
+    assert "omniglot-classes.json" in names and "published.csv" not in names

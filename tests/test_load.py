@@ -1,0 +1,75 @@
+"""Run folders into reports: several runs together, and what belongs to which."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from metabench.report import tables
+from metabench.report.load import load
+from metabench.scoring import Credit
+from metabench.store import Measurement, Run
+
+
+def made(out, scores, *, cell="protonet/glyphs[alphabets]/5w1s15q/running/cpu-float32/seed0", status="ok", **where):
+    """A run of one accuracy row with these episode scores."""
+    coordinates = {
+        "cell": cell, "algorithm": "protonet", "params": "{}", "dataset": "glyphs", "split": "alphabets", "ways": 5,
+        "shots": 1, "queries": 15, "bn_mode": "inductive", "device": "cpu", "precision": "float32", "seed": 0,
+        "rotations": "none", "norm": "running", "selection": "last", "train_spec": "5w1s1q*1", **where,
+    }  # fmt: skip
+    rows = [{"cell": cell, "measure": "accuracy", "hash": "h"}]
+    run = Run.create(out, "s", {"suite": "s", "controls": [], "cells": {cell: coordinates}, "rows": rows})
+    samples = {"scores": list(scores), "episodes": [f"e{i}" for i in range(len(scores))]} if status == "ok" else None
+    value = float(np.mean(scores)) if status == "ok" else None
+    facts = {"predictions": credit(run, len(scores))} if status == "ok" else {}
+    with run.writing():
+        row = Measurement(cell, "accuracy", status, "why", "fraction", len(scores), value, hash="h", facts=facts)
+        run.append(row, samples)
+    return run.path
+
+
+def credit(run, episodes):
+    """Two queries an episode, of classes 300 and 7: the first right, the second wrong, of three tied maxima once."""
+    ties = np.tile([1, 0], (episodes, 1)).astype(np.uint16)
+    ties[0, 1] = 3
+    labels = np.tile([0, 1], (episodes, 1)).astype(np.uint16)
+    classes = np.tile([300, 7], (episodes, 1)).astype(np.int32)
+    return Credit(labels, ties, labels, classes).save(run.path / "predictions", "p")
+
+
+def test_of_rows_that_runs_share_the_last_one_brings_its_own_episodes(tmp_path):
+    first, second = made(tmp_path, [0.9] * 10), made(tmp_path, [0.5] * 4)
+    data = load([first, second])
+    assert data.rows["value"].tolist() == [0.5]
+    assert data.episodes["score"].tolist() == [0.5] * 4  # and none of the first run's ten
+    (table,) = tables(data)
+    assert table.blocks[0].rows[0].quality.value == 0.5
+
+
+def test_a_failure_never_hides_an_earlier_result(tmp_path):
+    good, bad = made(tmp_path, [0.9] * 10), made(tmp_path, [0.9] * 10, status="failed")
+    assert load([good, bad]).rows["status"].tolist() == ["ok"]
+    assert load([bad, good]).rows["status"].tolist() == ["ok"]
+
+
+def test_parameters_of_the_data_set_make_tables_of_their_own(tmp_path):
+    small = made(tmp_path, [0.9] * 10)
+    large = made(tmp_path, [0.5] * 10, cell="protonet/glyphs[alphabets,size=105]/5w1s15q/running/cpu-float32/seed0")
+    found = tables(load([small, large]))
+    assert [t.blocks[0].rows[0].seeds for t in found] == [1, 1]
+    assert ("data", "size=105") in found[1].protocol and "data" not in dict(found[0].protocol)
+
+
+def test_another_selection_is_another_row(tmp_path):
+    last = made(tmp_path, [0.9] * 10)
+    other = "protonet/glyphs[alphabets]/5w1s15q/running/cpu-float32/seed1"
+    best = made(tmp_path, [0.5] * 10, cell=other, selection="val", seed=1)
+    (table,) = tables(load([last, best]))
+    assert {row.method for row in table.rows} == {"protonet selection=last", "protonet selection=val"}
+
+
+def test_credit_per_class_is_read_from_the_predictions(tmp_path):
+    by_class = load([made(tmp_path, [0.5] * 10)]).by_class.set_index("class")
+    assert by_class["queries"].to_dict() == {7: 10, 300: 10}
+    assert by_class["credit"].to_dict() == pytest.approx({7: 1 / 3, 300: 10})
