@@ -1,6 +1,6 @@
 """How alike glyphs and Omniglot order the same methods: Kendall's tau-b of a run of the suite `standin`, as Markdown.
 
-    python docs/rank_agreement.py results/reference/standin/RUN
+python docs/rank_agreement.py results/reference/standin/RUN
 """
 
 from __future__ import annotations
