@@ -123,7 +123,7 @@ class Conv4(Backbone):
         if glorot:
             nn.init.xavier_uniform_(conv.weight)
             nn.init.zeros_(bias)
-        weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
+        weight = conv.weight.detach().to(memory_format=torch.channels_last)
         self.register_parameter(f"conv{i}", nn.Parameter(weight))
         self.register_parameter(f"bias{i}", nn.Parameter(bias.detach()))
         self.register_parameter(f"gamma{i}", nn.Parameter(torch.ones(filters)) if gamma else None)
@@ -152,7 +152,8 @@ class Conv4(Backbone):
         if self.norm != "running":
             return super().forward(x)
         params = dict(self.named_parameters())
-        h = x.contiguous(memory_format=torch.channels_last)
+        # `to`, not `contiguous`: with one channel the latter leaves the strides, and all layers would run the slow way
+        h = x.to(memory_format=torch.channels_last)
         for i in range(4):
             h = self._shrink(self._ordinary(params, self._convolve(params, h, i), i))
         return self._flatten(h).to(x.dtype)

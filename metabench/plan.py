@@ -157,7 +157,7 @@ def _still_valid(cell: Mapping[str, Any], known: Catalogue) -> bool:
     """Whether the code that made a cell of an earlier plan is still the code."""
     if cell["algorithm"] not in known.algorithms or cell["dataset"] not in known.datasets:
         return False
-    return bool(cell["sources"] == sources_of(known, cell["algorithm"], cell["dataset"]))
+    return bool(cell.get("sources") == sources_of(known, cell["algorithm"], cell["dataset"]))
 
 
 def coordinates(cell: Cell, suite: Suite) -> dict[str, Any]:

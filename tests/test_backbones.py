@@ -214,3 +214,13 @@ def test_strided_average_is_the_mean_of_the_flat_features() -> None:
     x = torch.rand(1, 3, 1, 28, 28)
     wide = flat.apply_to(params(flat), x)[0].reshape(1, 3, 64, 4).mean(-1)
     torch.testing.assert_close(mean.apply_to(params(mean), x)[0], wide)
+
+
+def test_one_channel_images_run_channels_last_from_the_first_layer():
+    """With one channel `contiguous(channels_last)` changes no stride; the convolution then answers the slow way."""
+    backbone = make_backbone("conv4", (1, 28, 28), norm="running")
+    seen = []
+    original = backbone._shrink
+    backbone._shrink = lambda h: seen.append(h.is_contiguous(memory_format=torch.channels_last)) or original(h)
+    backbone(torch.rand(4, 1, 28, 28))
+    assert seen == [True] * 4
