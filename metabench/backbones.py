@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Literal
 
@@ -30,7 +31,7 @@ Stats = tuple[tuple[Tensor, ...], ...]  # per normalisation layer: mean (T, C), 
 MOMENTUM = 0.1  # of the running averages, PyTorch's default
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """x -> features. `apply_to` is pure; `forward` adds the running statistics of the `running` mode.
 
     Attributes:
@@ -51,9 +52,9 @@ class Backbone(nn.Module):
         self.tracking = False
         self.bf16 = False
 
+    @abstractmethod
     def apply_to(self, params: Params, x: Tensor, stats: Stats | None = None) -> tuple[Tensor, Stats]:
         """Features (T, n, d) of x (T, n, *shape) and the statistics used; `stats` None: those of each task's x."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, d) of x (N, *shape): ordinary batch norm when `norm` is running, else x is one task."""
