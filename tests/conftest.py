@@ -128,7 +128,9 @@ def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
     """Start the command line; it is killed at the end, if it still lives."""
     command = [sys.executable, "-m", "metabench", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, env=environ(), text=True, **pipes)  # type: ignore[call-overload]
+    # a shell's background job ignores Ctrl-C, and its children would too
+    heed = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen(command, env=environ(), text=True, **pipes, **heed)  # type: ignore[call-overload]
     try:
         yield process
     finally:
