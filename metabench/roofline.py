@@ -18,8 +18,10 @@ def bound(flops: float, bytes: float, roofs: Mapping[str, float], precision: str
     """Least seconds that `flops` operations of `precision` and `bytes` moved can take, and what sets them.
 
     `roofs` is what `metabench.roofs.measure` gives: operations per second under "<precision>_flops", bytes per second
-    under "bytes". Divided by the measured seconds this is the share of the roof; a share above 1 means that caches or
-    fusion saved traffic, or that the roof was measured on a busy machine. A tie is "compute".
+    under "bytes". Divided by the measured seconds this is the share of the roof. It bounds real time only as far as
+    the bytes truly go to memory: `metabench.counts.bytes_moved` counts un-fused execution with cold caches, so small
+    tensors that stay in a cache can give a share above 1 (and so can a roof measured on a busy machine). A tie is
+    "compute".
 
     Raises:
         Unsupported: no roof for this precision.
