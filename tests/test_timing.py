@@ -116,7 +116,7 @@ class DeviceClock(Clock):
 
     def __init__(self, device, wrong=""):
         super().__init__()
-        self.__dict__.update(fake=device, wrong=wrong)
+        self.__dict__.update(fake=device, wrong=wrong, marked=Device() if wrong == "another stream" else device)
 
     asynchronous = True
 
@@ -125,7 +125,7 @@ class DeviceClock(Clock):
             self.fake.given.join()
 
     def mark(self):
-        return Event(Device() if self.wrong == "another stream" else self.fake)
+        return Event(self.marked)
 
 
 @contextlib.contextmanager
