@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"report", "store", "stats"},
     # the torch half
     "timing": NOBODY,
+    "roofs": NOBODY,
     "episodes": NOBODY,
     "backbones": NOBODY,
     "tasks": {"backbones", "episodes"},
@@ -48,12 +49,27 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"store", *SUITES},
     "runner": {"plan", "store", "environment", "stats", *SUITES},
     "worker": {"catalogue", "environment", "measure", "scoring"},
+    "probe": {"environment", "roofs", "timing"},
+    "doctor": {"environment"},
     # the top
     "progress": {"runner", "store"},
     "listing": {"datasets", *SUITES},
-    "cli": {"plan", "runner", "report", "store", "progress", "listing", *SUITES},
+    "cli": {"plan", "runner", "report", "store", "progress", "listing", "doctor", *SUITES},
 }
-PLAIN = ("suite", "cells", "suitefile", "catalogue", "store", "environment", "stats", "plan", "runner", "report", "cli")
+PLAIN = (
+    "suite",
+    "cells",
+    "suitefile",
+    "catalogue",
+    "store",
+    "environment",
+    "stats",
+    "plan",
+    "runner",
+    "report",
+    "doctor",
+    "cli",
+)
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
