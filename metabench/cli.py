@@ -261,6 +261,21 @@ def report(
         _print_text(render(data, format, reference))
 
 
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False) -> None:
+    """How well this machine can measure time, and what to do about what disturbs it."""
+    from metabench import doctor as examiner
+
+    typer.echo("measuring this machine; about ten seconds where it is idle ...", err=True)
+    machine = examiner.examine()
+    if as_json:
+        _print_text(examiner.as_json(machine))
+        return
+    from rich.console import Console
+
+    examiner.show(machine, Console(width=_width(), highlight=False, emoji=False))
+
+
 @data_app.command("ls")
 def data_ls(data_root: DataRoot = None) -> None:
     """Which data sets there are, and whether their files are."""

@@ -51,13 +51,15 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"store", *SUITES},
     "runner": {"plan", "store", "environment", "stats", *SUITES},
     "worker": {"catalogue", "environment", "measure", "scoring"},
+    "probe": {"environment", "roofs", "timing"},
+    "doctor": {"environment"},
     # the top
     "progress": {"runner", "store"},
     "listing": {"datasets", *SUITES},
-    "cli": {"plan", "runner", "report", "store", "progress", "listing", *SUITES},
+    "cli": {"plan", "runner", "report", "store", "progress", "listing", "doctor", *SUITES},
 }
 PLAIN = (
-    "suite", "cells", "suitefile", "catalogue", "store", "environment", "stats", "roofline",
+    "suite", "cells", "suitefile", "catalogue", "store", "environment", "stats", "roofline", "doctor",
     "plan", "runner", "report", "cli",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
