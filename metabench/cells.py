@@ -12,14 +12,26 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 from metabench.catalogue import BUDGETS, Catalogue, Plugin, Value
 from metabench.errors import ConfigError
 
 Item = tuple[str, Value]
 
-MEASURES = ("accuracy", "mse", "mse_before", "train_time", "adapt_time")
+QUALITY = ("accuracy", "mse", "mse_before")
+KERNELS = {
+    "adapt": "the inner loop: from support sets to adapted models (evaluation mode)",
+    "predict": "adapted models on their queries",
+    "inner_step": "one step of the inner loop: the slope of adapt over step counts",
+    "embed": "the embedding of images",
+    "meta_step": "one training step, optimiser included",
+    "episode": "the data of training tasks alone",
+}
+ASPECTS = ("time", "flops", "bytes", "memory", "nodes", "launches")
+KERNEL_MEASURES = tuple(f"{kernel}_{aspect}" for kernel in KERNELS for aspect in ASPECTS)
+MEASURES = (*QUALITY, "train_time", *KERNEL_MEASURES)
 DEVICES = ("cpu", "cuda")
 PRECISIONS = ("float32", "bf16")
 ROTATIONS = ("none", "classes", "per_class", "train_only", "episode")
@@ -28,7 +40,7 @@ _COUNT = "([1-9][0-9]*)"
 _EPISODES = rf"(?:{_COUNT}w)?{_COUNT}s{_COUNT}q"
 _BARE = re.compile(r"(?!(?:null|true|false)$)[A-Za-z_][A-Za-z0-9_.+-]*")
 _STRUCTURE = re.compile(r"[^!-~]|[,\[\]=/]")
-_ID = re.compile(rf"([^/]+)/([^/]+)/{_EPISODES}/([^/]+)/(\w+)-(\w+)/seed(0|[1-9][0-9]*)")
+_ID = re.compile(rf"([^/]+)/([^/]+)/{_EPISODES}/([^/]+)/(\w+)-(\w+)/seed(0|[1-9][0-9]*)(?:/([^/]+))?")
 _TRAIN = re.compile(rf"(?:{_EPISODES}(?:x{_COUNT})?|{_COUNT}i)\*(?:{_COUNT}|([0-9][0-9.e+-]*)s)")
 
 
@@ -64,6 +76,33 @@ class TrainSpec:
         return (self.ways or 1) * ((self.shots or 0) + (self.queries or 0)) * (self.tasks or 1)
 
 
+Allocator = Literal["kept", "default"]
+Layout = Literal["channels_last", "contiguous"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """How a kernel is called when its cost is measured; quality does not depend on it.
+
+    `tasks` share a call. `steps` replaces the algorithm's own inner steps in evaluation (None: its own). `threads`
+    None means the suite's. `allocator` "default" leaves the C library's as it comes. `layout` is the memory format of
+    images, `compile` whether torch.compile made the kernel.
+    """
+
+    tasks: int = 1
+    steps: int | None = None
+    threads: int | None = None
+    allocator: Allocator = "kept"
+    layout: Layout = "channels_last"
+    compile: bool = False
+
+    @property
+    def text(self) -> str:
+        """What differs from the default, as in cell ids: 'tasks=8,threads=1'; '' for the default call."""
+        values = [(one.name, getattr(self, one.name), one.default) for one in fields(self)]
+        return ",".join(_texts((name, value) for name, value, default in values if value != default))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """One point of the grid without the measure; a row's key is (cell.id, measure).
@@ -89,13 +128,15 @@ class Cell:
     device: str = "cpu"
     precision: str = "float32"
     seed: int = 0
+    call: Call = Call()
     resolved: tuple[Item, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def id(self) -> str:
         """The cell's name: reads aloud, and `parse_id` reads it back."""
         items = [item for item in self.params if item[0] != "norm"]
-        return f"{self._trained(items)}/{self._data}/{self.task}/{_print(self.norm)}/{self._where}"
+        name = f"{self._trained(items)}/{self._data}/{self.task}/{_print(self.norm)}/{self._where}"
+        return f"{name}/{self.call.text}" if self.call.text else name
 
     @property
     def training_id(self) -> str:
@@ -120,7 +161,11 @@ class Cell:
     def measures(self, wanted: Sequence[str]) -> tuple[str, ...]:
         """Return those of the `wanted` measures that make sense for this cell, in the same order."""
         unfit = {"mse", "mse_before"} if self.ways is not None else {"accuracy"}
-        return tuple(one for one in wanted if one not in unfit and (one != "train_time" or self.train is not None))
+        if self.train is None:
+            unfit.add("train_time")
+        if self.call != Call():
+            unfit |= {*QUALITY, "train_time"}
+        return tuple(one for one in wanted if one not in unfit)
 
     @property
     def _where(self) -> str:
@@ -177,6 +222,7 @@ def make_cell(
     device: str = "cpu",
     precision: str = "float32",
     seed: int = 0,
+    call: Call = Call(),
 ) -> Cell:
     """Return the cell in its one canonical form. Raises ConfigError for parameters that it does not take."""
     resolved = algorithm.resolve(params)
@@ -196,6 +242,7 @@ def make_cell(
         device=device,
         precision=precision,
         seed=seed,
+        call=call,
         resolved=tuple(sorted(resolved.items())),
     )
 
@@ -282,14 +329,14 @@ def parse_id(text: str, catalogue: Catalogue) -> Cell:
         raise ConfigError(
             f"not a cell id: {text!r}: it must read algorithm[...]/dataset[...]/5w1s15q/norm/device/seed0"
         )
-    trained, data, ways, shots, queries, norm, device, precision, seed = match.groups()
+    trained, data, ways, shots, queries, norm, device, precision, seed, call = match.groups()
     try:
         algorithm, params, train = _parse_trained(trained, catalogue)
         if algorithm.parameter("norm"):
             params["norm"] = _parse(norm)
         task = _parse_task(data, (ways, shots, queries), catalogue)
         where = {"device": device, "precision": precision}
-        cell = make_cell(algorithm, task, params=params, train=train, seed=int(seed), **where)
+        cell = make_cell(algorithm, task, params=params, train=train, seed=int(seed), call=_parse_call(call), **where)
     except (ValueError, OverflowError, RecursionError) as error:  # of json, int and float, too
         raise ConfigError(f"not a cell id: {text!r}: {error}") from error
     if cell.id != text or device not in DEVICES or precision not in PRECISIONS:
@@ -340,6 +387,14 @@ def _parse_train(text: str) -> TrainSpec:
     ways, shots, queries, tasks, batch, steps = (None if digits is None else int(digits) for digits in counts)
     spec = TrainSpec(batch=batch) if batch else TrainSpec(ways=ways, shots=shots, queries=queries, tasks=tasks or 1)
     return replace(spec, steps=steps, seconds=None if seconds is None else float(seconds))
+
+
+def _parse_call(text: str | None) -> Call:
+    """Return the call of an id's last segment; its canonical form is checked by printing the cell again."""
+    given: dict[str, Any] = {key: _parse(value) for key, value in map(_pair, text.split(","))} if text else {}
+    if text and not given.keys() <= {one.name for one in fields(Call)}:
+        raise ValueError(f"no call reads {text!r}")
+    return Call(**given)
 
 
 def _shape(ways: int | None, shots: int | None, queries: int | None) -> str:

@@ -22,12 +22,12 @@ PROTOCOL = 1  # of the lines that parent and worker speak
 PACKAGES = ("torch", "numpy", "scipy", "pillow")
 # Kept arenas: without them glibc maps, faults in and unmaps every large tensor at each step, which is both noise
 # and 20-35 % of the time. Passive OpenMP threads: spinning ones beside other work cost 10 to 200 times.
-WORKER_VARIABLES = {
-    "OMP_WAIT_POLICY": "PASSIVE",
+KEPT_ARENAS = {
     "MALLOC_MMAP_THRESHOLD_": "1000000000",
     "MALLOC_TRIM_THRESHOLD_": "10000000000",
     "MALLOC_TOP_PAD_": "200000000",
 }
+WORKER_VARIABLES = {"OMP_WAIT_POLICY": "PASSIVE", **KEPT_ARENAS}
 SYSTEM_CPU = Path("/sys/devices/system/cpu")
 CGROUP = Path("/sys/fs/cgroup")
 CPU_SENSORS = ("coretemp", "k10temp", "zenpower", "cpu_thermal", "acpitz")
@@ -47,10 +47,19 @@ BUSY_PROCESS = 0.05
 STOLEN = 0.02
 
 
-def worker_environment(threads: int) -> dict[str, str]:
-    """The environment a worker is started with: ours, the variables above, and the thread count."""
+def worker_environment(threads: int, *, allocator: str = "kept") -> dict[str, str]:
+    """The environment a worker is started with: ours, the variables above, and the thread count.
+
+    `allocator` "default" leaves the C library's as it comes.
+    """
     count = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    return {**os.environ, **WORKER_VARIABLES, **count}
+    ours = {name: value for name, value in os.environ.items() if name not in KEPT_ARENAS}
+    return {**ours, **_variables(allocator), **count}
+
+
+def _variables(allocator: str) -> dict[str, str]:
+    """Those of the variables above that a worker with this allocator has."""
+    return {k: v for k, v in WORKER_VARIABLES.items() if allocator == "kept" or k not in KEPT_ARENAS}
 
 
 def cores() -> int:
@@ -60,7 +69,7 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def stable(worker: Mapping[str, Any]) -> dict[str, Any]:
+def stable(worker: Mapping[str, Any], *, allocator: str = "kept") -> dict[str, Any]:
     """What names the machine and its software; `worker` adds what only the worker knows (torch build, threads)."""
     return {
         "cpu": _cpu(),
@@ -69,9 +78,14 @@ def stable(worker: Mapping[str, Any]) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "variables": WORKER_VARIABLES,
+        "variables": _variables(allocator),
         **worker,
     }
+
+
+def here(fingerprint: Mapping[str, Any]) -> bool:
+    """Whether a stable fingerprint is of this machine and this software, whatever its threads and allocator."""
+    return all(fingerprint.get(name) == value for name, value in stable({}).items() if name != "variables")
 
 
 def volatile() -> dict[str, Any]:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metabench import timing
 from metabench.algorithms.base import Algorithm, Learner
 from metabench.algorithms.metric import FeatureMethod
 from metabench.backbones import Backbone
@@ -101,11 +100,6 @@ class _Cells:
         cells = self._supported(algorithm)
         if not cells:
             return
-        if self.job["mode"] == "time":
-            algorithm.eval()
-            for cell in cells:
-                self._time(algorithm, cell, facts)
-            return
         if self.source is not None:
             facts |= train(algorithm, self._plan())
         algorithm.eval()
@@ -119,16 +113,8 @@ class _Cells:
             torch.cuda.synchronize()
 
     def _bind(self, subset: Subset, shape: Mapping[str, Any]) -> TaskDistribution:
-        """The subset's tasks in the shape a cell or a training spec declares."""
-        return self.dataset.tasks(
-            subset,
-            ways=shape.get("ways"),
-            shots=shape.get("shots") or 1,
-            queries=shape.get("queries") or 1,
-            rotations=self.job["rotations"],
-            seed=self.job["seed"] if subset == "train" else self.job["evaluation"]["seed"],
-            device=self.job["device"],
-        )
+        seed = self.job["seed"] if subset == "train" else self.job["evaluation"]["seed"]
+        return bind(self.dataset, subset, self.job, shape, seed=seed)
 
     def _supported(self, algorithm: Algorithm) -> list[Mapping[str, Any]]:
         """The cells this algorithm can answer; the others become skipped rows with the reason."""
@@ -214,14 +200,18 @@ class _Cells:
                 self.features = test.features(algorithm.embed)
         return algorithm.adapt_features, test.over(self.features)
 
-    def _time(self, algorithm: Algorithm, cell: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        """The inner loop of one task, in evaluation mode; its cost does not depend on what was learned."""
-        episode = self.tests[cell["id"]].episodes(0, 1)
-        with torch.no_grad():
-            seconds = timing.sample(
-                lambda: algorithm.adapt(episode.support, seeds=episode.seeds), synchronise=self._wait
-            )
-        self.result(cell["id"], "adapt_time", "ok", unit="s", samples={"seconds": seconds}, facts={**facts, "tasks": 1})
+
+def bind(dataset: Dataset, subset: Subset, job: Job, shape: Mapping[str, Any], *, seed: int) -> TaskDistribution:
+    """The subset's tasks in the shape a cell or a training spec declares."""
+    return dataset.tasks(
+        subset,
+        ways=shape.get("ways"),
+        shots=shape.get("shots") or 1,
+        queries=shape.get("queries") or 1,
+        rotations=job["rotations"],
+        seed=seed,
+        device=job["device"],
+    )
 
 
 def build(job: Job, shop: Workshop, problem: Problem) -> Algorithm:
@@ -231,6 +221,7 @@ def build(job: Job, shop: Workshop, problem: Problem) -> Algorithm:
     for module in algorithm.modules():
         if isinstance(module, Backbone):
             module.bf16 = job["precision"] == "bf16"
+            module.channels_last = job.get("layout", "channels_last") == "channels_last"
     return algorithm.to(job["device"])
 
 

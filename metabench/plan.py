@@ -19,44 +19,57 @@ from typing import Any
 
 import metabench
 from metabench.catalogue import Catalogue
-from metabench.cells import Cell, matches
+from metabench.cells import KERNEL_MEASURES, Cell, matches
 from metabench.store import FINAL, Key, Measurement, Run
 from metabench.suite import Suite
 
 PACKAGE = Path(metabench.__file__).parent
-TIMED = frozenset({"adapt_time"})  # measured last, in jobs of their own: nothing else of ours runs then
+COSTS = frozenset(KERNEL_MEASURES)  # measured last, by a core of their own, while nothing else of ours runs
+CORES = {False: "measure.py", True: "bench.py"}  # the module that measures: quality, and the cost of kernels
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row to be: a cell, a measure, and the hash of all that determines the number."""
+    """One row to be: a cell, a measure, and the hash of all that determines the number, `sources` that of its code."""
 
     cell: Cell
     measure: str
     hash: str
+    sources: str
 
     @property
     def key(self) -> Key:
         """The row's key in the store."""
         return self.cell.id, self.measure
 
+    @property
+    def kernel(self) -> str:
+        """The kernel whose cost the row is about; '' for quality and training time."""
+        return self.measure.rpartition("_")[0] if self.measure in COSTS else ""
+
+    @property
+    def aspect(self) -> str:
+        """What of the kernel is measured: time, flops, ..."""
+        return self.measure.rpartition("_")[2]
+
 
 def override(suite: Suite, *, seeds: Sequence[int] | None = None, device: str | None = None) -> Suite:
     """The suite with every cell on these seeds, or on this device, instead of its own."""
-    cells = suite.cells()
-    if device is not None:
-        cells = tuple(replace(cell, device=device) for cell in cells)
-    if seeds is not None:
-        cells = tuple(replace(cell, seed=seed) for cell in cells for seed in seeds)
-    return replace(suite, points=tuple(dict.fromkeys(cells)))
+    points: dict[Cell, tuple[str, ...]] = {}
+    for cell, measures in suite.points.items():
+        for seed in seeds if seeds is not None else [cell.seed]:
+            one = replace(cell, device=device or cell.device, seed=seed)
+            points[one] = tuple(dict.fromkeys((*points.get(one, ()), *measures)))
+    return replace(suite, points=points)
 
 
 def rows_of(suite: Suite) -> tuple[Row, ...]:
     """Every row of the suite."""
     rows = []
-    for cell in suite.cells():
-        sources = sources_of(suite.catalogue, cell.algorithm, cell.dataset)
-        rows += [Row(cell, m, _row_hash(cell, m, suite, sources)) for m in cell.measures(suite.measures)]
+    for cell, measures in suite.points.items():
+        for measure in measures:
+            sources = sources_of(suite.catalogue, cell.algorithm, cell.dataset, cost=measure in COSTS)
+            rows.append(Row(cell, measure, _row_hash(cell, measure, suite, sources), sources))
     return tuple(rows)
 
 
@@ -73,16 +86,18 @@ def is_done(row: Row, done: Mapping[Key, Measurement]) -> bool:
 
 def _row_hash(cell: Cell, measure: str, suite: Suite, sources: str) -> str:
     """What a finished row is valid for; a training does not depend on how many test episodes follow it."""
-    protocol = asdict(suite.evaluation) if measure not in TIMED else {}
+    protocol: dict[str, Any] = asdict(suite.evaluation) if measure not in COSTS else {}
     if measure == "train_time":
         protocol.pop("episodes")
+    elif measure.endswith("_time"):
+        protocol = {**asdict(suite.timing), "threads": suite.threads}
     what = [cell.id, cell.resolved, measure, protocol, sources]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def sources_of(known: Catalogue, algorithm: str, dataset: str) -> str:
+def sources_of(known: Catalogue, algorithm: str, dataset: str, *, cost: bool) -> str:
     """The hash of the code that makes a cell's numbers: its algorithm, its data set, the core, and torch's version."""
-    files = (known.algorithm(algorithm).file, known.dataset(dataset).file, PACKAGE / "measure.py")
+    files = (known.algorithm(algorithm).file, known.dataset(dataset).file, PACKAGE / CORES[cost])
     return f"{source_hash(files)}-{importlib.metadata.version('torch')}"
 
 
@@ -130,11 +145,11 @@ def _imports(file: Path) -> Iterator[Path]:
 def manifest_of(suite: Suite, rows: Sequence[Row], keep: Run | None) -> dict[str, Any]:
     """The run's description; with `keep`, rows of that run that the new plan does not name stay."""
     cells = {row.cell.id: coordinates(row.cell, suite) for row in rows}
-    listed = [{"cell": row.cell.id, "measure": row.measure, "hash": row.hash} for row in rows]
+    listed = [{"cell": row.cell.id, "measure": row.measure, "hash": row.hash, "sources": row.sources} for row in rows]
     if keep is not None:
         named = {row.key for row in rows}
         old = [r for r in keep.manifest["rows"] if (r["cell"], r["measure"]) not in named]
-        old = [r for r in old if _still_valid(keep.manifest["cells"][r["cell"]], suite.catalogue)]
+        old = [r for r in old if _still_valid(r, keep.manifest["cells"][r["cell"]], suite.catalogue)]
         listed = old + listed
         cells = {**{r["cell"]: keep.manifest["cells"][r["cell"]] for r in old}, **cells}
     return {
@@ -153,11 +168,11 @@ def manifest_of(suite: Suite, rows: Sequence[Row], keep: Run | None) -> dict[str
     }
 
 
-def _still_valid(cell: Mapping[str, Any], known: Catalogue) -> bool:
-    """Whether the code that made a cell of an earlier plan is still the code."""
+def _still_valid(row: Mapping[str, Any], cell: Mapping[str, Any], known: Catalogue) -> bool:
+    """Whether the code that made a row of an earlier plan is still the code."""
     if cell["algorithm"] not in known.algorithms or cell["dataset"] not in known.datasets:
         return False
-    return bool(cell.get("sources") == sources_of(known, cell["algorithm"], cell["dataset"]))
+    return row.get("sources") == sources_of(known, cell["algorithm"], cell["dataset"], cost=row["measure"] in COSTS)
 
 
 def coordinates(cell: Cell, suite: Suite) -> dict[str, Any]:
@@ -180,15 +195,19 @@ def coordinates(cell: Cell, suite: Suite) -> dict[str, Any]:
         "selection": suite.evaluation.selection if cell.train else "",
         "train_spec": cell.train.text if cell.train else "",
         "training": cell.training_id if cell.train else "",
-        "sources": sources_of(suite.catalogue, cell.algorithm, cell.dataset),
+        "tasks": cell.call.tasks,
+        "steps": cell.call.steps,
+        "threads_asked": cell.call.threads,
+        "allocator": cell.call.allocator,
+        "layout": cell.call.layout,
+        "compile": cell.call.compile,
     }
 
 
 @dataclass(frozen=True)
 class Job:
-    """Rows that share one training (mode train), or that are timed together (mode time)."""
+    """Rows of quality that share one training."""
 
-    mode: str
     rows: tuple[Row, ...]
 
     @property
@@ -205,27 +224,13 @@ class Job:
             measures.setdefault(row.cell.id, []).append(row.measure)
         shapes = {row.cell.id: row.cell for row in self.rows}
         version = importlib.metadata.version("torch")
-        what = [
-            cell.training_id,
-            sources_of(suite.catalogue, cell.algorithm, cell.dataset),
-            suite.evaluation.selection,
-            suite.evaluation.seed,
-            version,
-        ]
+        what = [cell.training_id, self.rows[0].sources, suite.evaluation.selection, suite.evaluation.seed, version]
         name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
         return {
             "kind": "job",
             "id": number,
-            "mode": self.mode,
-            "algorithm": cell.algorithm,
-            "params": dict(cell.resolved),
-            "dataset": cell.dataset,
-            "data_params": {**dict(cell.data_params), "split": cell.split},
-            "rotations": cell.rotations,
+            **model_message(cell),
             "train": asdict(cell.train) if cell.train else None,
-            "precision": cell.precision,
-            "device": cell.device,
-            "seed": cell.seed,
             "evaluation": asdict(suite.evaluation),
             "cells": [
                 {"id": key, "ways": c.ways, "shots": c.shots, "queries": c.queries, "measures": measures[key]}
@@ -236,10 +241,38 @@ class Job:
         }
 
 
+def model_message(cell: Cell) -> dict[str, Any]:
+    """What a worker needs in order to build a cell's algorithm and data."""
+    return {
+        "algorithm": cell.algorithm,
+        "params": dict(cell.resolved),
+        "dataset": cell.dataset,
+        "data_params": {**dict(cell.data_params), "split": cell.split},
+        "rotations": cell.rotations,
+        "precision": cell.precision,
+        "device": cell.device,
+        "seed": cell.seed,
+    }
+
+
+def cost_message(row: Row) -> dict[str, Any]:
+    """A row of cost as the plain data a worker understands (see bench.py)."""
+    cell = row.cell
+    return {
+        **model_message(cell),
+        "ways": cell.ways,
+        "shots": cell.shots,
+        "queries": cell.queries,
+        "call": asdict(cell.call),
+        "kernel": row.kernel,
+        "aspect": row.aspect,
+    }
+
+
 def jobs_of(rows: Iterable[Row]) -> list[Job]:
-    """Trainings in the suite's order, each with all its rows; then the timings."""
-    groups: dict[tuple[bool, str], list[Row]] = {}
+    """The trainings in the suite's order, each with all its rows of quality."""
+    groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.measure in TIMED, row.cell.training_id), []).append(row)
-    jobs = [Job("time" if timed else "train", tuple(members)) for (timed, _), members in groups.items()]
-    return sorted(jobs, key=lambda job: job.mode == "time")
+        if row.measure not in COSTS:
+            groups.setdefault(row.cell.training_id, []).append(row)
+    return [Job(tuple(members)) for members in groups.values()]

@@ -62,9 +62,9 @@ class Show:
     def progress(self, job: int, step: int, steps: int, metrics: Mapping[str, float]) -> None:
         """Move the training's bar; off a terminal say a line now and then."""
         shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-        if job not in self._trainings:
-            self._first[job] = step
-            self._trainings[job] = self._bars.add_task(f"training {job}", total=steps, completed=step, more=shown)
+        if job not in self._trainings:  # what came before (loading, warm-up) says nothing of what is left
+            self._first[job], self._began[job] = step, time.monotonic()
+            self._trainings[job] = self._bars.add_task(f"job {job}", total=steps, completed=step, more=shown)
         self._bars.update(self._trainings[job], completed=step, total=steps, more=shown, visible=step < steps)
         now = time.monotonic()
         if not self.console.is_terminal and now - self._said[job] > QUIET_SECONDS:

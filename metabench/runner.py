@@ -8,15 +8,9 @@ is missing, trainings going on from their checkpoints.
 from __future__ import annotations
 
 import collections
-import contextlib
-import json
-import os
-import signal
 import statistics
-import subprocess
-import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,10 +19,12 @@ from typing import Any, Protocol
 
 from metabench import environment
 from metabench.cells import unsupported
+from metabench.costs import Costs
 from metabench.errors import ConfigError, Interrupted, NothingRan, WorkerError
 from metabench.plan import Job, Row, is_done, jobs_of, manifest_of, override, rows_of, select_rows
 from metabench.store import FINAL, NOT_HERE, Key, Measurement, Run
 from metabench.suite import Suite
+from metabench.workers import Worker
 
 
 class Watch(Protocol):
@@ -146,6 +142,7 @@ class _Execution:
         self.hired: set[Worker] = set()
         self.stopping = False
         self.cuda = False
+        self.announced = self.total = 0  # jobs
         self.lock = threading.RLock()  # one line at a time into the store and onto the screen
 
     def execute(self, rows: Sequence[Row]) -> None:
@@ -157,13 +154,16 @@ class _Execution:
         cores = environment.cores()
         threads = min(self.suite.threads or cores, max(1, cores // self.lanes))
         try:
-            first = self._hire(threads)
+            first = self.hire(threads)
             if self.insist == "cuda" and not self.cuda:
                 raise ConfigError("--device cuda: this machine has no CUDA device that torch can use; drop --device")
-            jobs = jobs_of([row for row in rows if not self._skip(row, first)])
-            trainings = [job for job in jobs if job.mode == "train"]
-            self._spread(trainings, self.lanes, threads, first)
-            self._spread(jobs[len(trainings) :], 1, self.suite.threads or cores, None)
+            rows = [row for row in rows if not self._skip(row, first)]
+            jobs, priced = jobs_of(rows), [row for row in rows if row.kernel]
+            costs = Costs(self.suite, self.folder, self)
+            self.total = len(jobs) + costs.jobs(priced)
+            self._spread(jobs, self.lanes, threads, first)
+            first.close()
+            costs.measure(priced)  # last, and alone: nothing else of ours runs then
         except KeyboardInterrupt:
             self._stop()
             raise Interrupted("interrupted; finished rows are kept, the same command goes on from here") from None
@@ -171,14 +171,12 @@ class _Execution:
             for worker in self.hired:
                 worker.close()
 
-    def _spread(self, jobs: Sequence[Job], lanes: int, threads: int, first: Worker | None) -> None:
+    def _spread(self, jobs: Sequence[Job], lanes: int, threads: int, first: Worker) -> None:
         """Do the jobs in `lanes` lanes, each with a worker of its own; the first error of a lane ends them all."""
         todo = collections.deque(enumerate(jobs, 1))
         lanes = min(lanes, len(jobs))
         with ThreadPoolExecutor(max(lanes, 1)) as pool:
-            started = [
-                pool.submit(self._lane, todo, len(jobs), threads, first if n == 0 else None) for n in range(lanes)
-            ]
+            started = [pool.submit(self._lane, todo, threads, first if n == 0 else None) for n in range(lanes)]
             try:
                 for lane in as_completed(started):
                     lane.result()
@@ -187,32 +185,49 @@ class _Execution:
                 self._stop()
                 raise
 
-    def _lane(self, todo: collections.deque[tuple[int, Job]], total: int, threads: int, worker: Worker | None) -> None:
+    def _lane(self, todo: collections.deque[tuple[int, Job]], threads: int, worker: Worker | None) -> None:
         while not self.stopping:
             try:
                 number, job = todo.popleft()
             except IndexError:
                 break
-            if job.mode == "train":
-                with self.lock:
-                    self.watch.job(number, job.title, total)
+            with self.lock:
+                self.announced = max(self.announced, number)
+                self.watch.job(number, job.title, self.total)
             worker = self._do(job, number, worker, threads)
         if worker:
             worker.close()
 
-    def _hire(self, threads: int) -> Worker:
+    def hire(self, threads: int, allocator: str = "kept", *, pinned: bool = False) -> Worker:
         """A live worker, and what it says about this machine."""
-        worker = Worker(threads, self.suite.plugins, self.folder.path / "worker.log")
+        log = self.folder.path / "worker.log"
+        worker = Worker(threads, self.suite.plugins, log, allocator=allocator, pinned=pinned)
         self.hired.add(worker)
         if self.stopping:
             worker.ask_to_stop()
         hello = worker.hello()
         self.cuda = bool(hello["cuda"])
-        facts = environment.stable({k: hello[k] for k in ("torch", "gpu", "threads")})
+        facts = environment.stable({k: hello[k] for k in ("torch", "gpu", "threads")}, allocator=allocator)
         worker.environment = environment.name(facts)
         with self.lock:
             self.folder.add_environment(worker.environment, {**facts, "readings": environment.volatile()})
         return worker
+
+    def dismiss(self, worker: Worker) -> None:
+        """End a worker."""
+        worker.close()
+        self.hired.discard(worker)
+
+    def job(self, title: str) -> Callable[[int, int], None]:
+        """Announce a job that is no training; returns what tells its progress."""
+        self.announced += 1
+        number = self.announced
+        self.watch.job(number, title, self.total)
+        return lambda done, of: self.watch.progress(number, done, of, {})
+
+    def note(self, text: str) -> None:
+        """Pass on what the user should know."""
+        self.watch.note(text)
 
     def _stop(self) -> None:
         """Ask all workers to save and end, and wait for them; a second Ctrl-C ends them at once."""
@@ -237,7 +252,7 @@ class _Execution:
             reason, digest = "no CUDA device on this machine", NOT_HERE
         if reason is None:
             return False
-        self._store(row, {"status": "skipped", "reason": reason}, worker.environment, digest=digest)
+        self.store(row, {"status": "skipped", "reason": reason}, worker.environment, digest=digest)
         return True
 
     def _do(self, job: Job, number: int, worker: Worker | None, threads: int) -> Worker | None:
@@ -247,7 +262,7 @@ class _Execution:
         place = worker.environment if worker else ""
         final = True
         try:
-            worker = worker or self._hire(threads)
+            worker = worker or self.hire(threads)
             place = worker.environment
             worker.send(message)
             for heard in worker.messages():
@@ -256,7 +271,7 @@ class _Execution:
                         self.watch.progress(number, heard["step"], heard["steps"], heard["metrics"])
                 elif heard["kind"] == "result":
                     final &= heard["status"] in (*FINAL, "diverged")
-                    self._store(left.pop((heard["cell"], heard["measure"])), heard, place)
+                    self.store(left.pop((heard["cell"], heard["measure"])), heard, place)
                 elif heard["kind"] == "log":
                     worker.log(heard["text"])
                 elif heard["kind"] == "done":
@@ -265,18 +280,19 @@ class _Execution:
             worker = None
             if not self.stopping:
                 for row in left.values():
-                    self._store(row, {"status": "failed", "reason": str(error)}, place)
+                    self.store(row, {"status": "failed", "reason": str(error)}, place)
         except BaseException:
             if worker:
                 worker.kill()  # nobody hears it any more: it would wait for ever at a full pipe
             raise
-        if job.mode == "train" and final and not left:  # a failed row goes on from the checkpoint
+        if final and not left:  # a failed row goes on from the checkpoint
             checkpoint = Path(message["checkpoint"])
             for file in checkpoint.parent.glob(f"{checkpoint.stem}.*"):  # and what a kill left half written
                 file.unlink(missing_ok=True)
         return worker
 
-    def _store(self, row: Row, heard: Mapping[str, Any], place: str, *, digest: str | None = None) -> None:
+    def store(self, row: Row, heard: Mapping[str, Any], place: str, *, digest: str | None = None) -> None:
+        """Make a row durable: what a worker said of it, or what `Costs` made of its slices."""
         samples = heard.get("samples")
         measurement = Measurement(
             cell=row.cell.id,
@@ -288,106 +304,25 @@ class _Execution:
             environment=place,
             at=datetime.now(UTC).isoformat(timespec="seconds"),
             facts=heard.get("facts", {}),
-            **(_summary(samples) if samples else {}),
+            samples=heard.get("offset"),
+            **_summary(heard),
         )
         with self.lock:
             self.watch.row(self.folder.append(measurement, samples))
 
 
-def _summary(samples: Mapping[str, Any]) -> dict[str, Any]:
-    """n, value, interval and sd: over episodes for scores; for times the median, n counts processes."""
+def _summary(heard: Mapping[str, Any]) -> dict[str, Any]:
+    """n, value, interval and sd: over episodes for scores, over processes for times; a count is what it is."""
     from metabench import stats
 
-    if "seconds" in samples:
-        return {"n": 1, "value": statistics.median(samples["seconds"])}
-    found = stats.mean_interval(samples["scores"])
+    if "value" in heard:
+        return {"n": 1, "value": heard["value"]}
+    if "processes" in heard:
+        found = stats.median_interval(heard["processes"])
+    elif samples := heard.get("samples"):
+        if "seconds" in samples:
+            return {"n": 1, "value": statistics.median(samples["seconds"])}
+        found = stats.mean_interval(samples["scores"])
+    else:
+        return {}
     return {"n": found.n, "value": found.value, "ci_low": found.low, "ci_high": found.high, "sd": found.sd}
-
-
-class Worker:
-    """The worker process as its parent sees it."""
-
-    def __init__(self, threads: int, plugins: Sequence[Path], log: Path) -> None:
-        self.environment = ""
-        variables = environment.worker_environment(threads)
-        variables["METABENCH_PLUGINS"] = json.dumps([str(p) for p in plugins])
-        self._log = log.open("a", encoding="utf-8", errors="backslashreplace")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "metabench.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env=variables,
-            text=True,
-            encoding="utf-8",
-            start_new_session=True,  # Ctrl-C reaches the parent alone, which then asks for a stop
-        )
-
-    def hello(self) -> dict[str, Any]:
-        """The worker's first message: torch, devices, threads."""
-        try:
-            hello = next(self.messages())
-            if hello["v"] != environment.PROTOCOL:
-                raise WorkerError(f"it speaks protocol {hello['v']}, not {environment.PROTOCOL}; reinstall metabench")
-
-            return hello
-        except WorkerError as error:
-            raise WorkerError(f"{self._log.name}: at its start, {error}") from error
-
-    def send(self, message: Mapping[str, Any]) -> None:
-        """Send one message."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise WorkerError(self._death()) from None
-
-    def messages(self) -> Iterator[dict[str, Any]]:
-        """What the worker says, until it dies.
-
-        Raises:
-            WorkerError: it died; the message says how.
-        """
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.endswith("\n"):  # else it died while saying it
-                yield json.loads(line)
-        raise WorkerError(self._death())
-
-    def log(self, text: str) -> None:
-        """Keep a text beside what the worker printed."""
-        self._log.write(text + "\n")
-        self._log.flush()
-
-    def ask_to_stop(self) -> None:
-        """Ask it to save its checkpoint and end."""
-        if self._process.poll() is None:
-            with contextlib.suppress(WorkerError):
-                self.send({"kind": "stop"})
-
-    def wait(self) -> None:
-        """Wait for its end."""
-        self._process.wait()
-
-    def kill(self) -> None:
-        """End it at once, whatever it does."""
-        if self._process.poll() is None:
-            with contextlib.suppress(OSError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-    def close(self) -> None:
-        """End it at once, and close all that leads to it."""
-        self.kill()
-        for stream in (self._process.stdin, self._process.stdout, self._log):
-            with contextlib.suppress(OSError):
-                if stream:
-                    stream.close()
-
-    def _death(self) -> str:
-        code = self._process.wait()
-        if code == -signal.SIGKILL:
-            return "the worker was killed (signal 9): often the machine ran out of memory; see worker.log"
-        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-        return f"the worker ended {how}; its last words are in worker.log"

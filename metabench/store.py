@@ -20,6 +20,7 @@ from io import FileIO
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from metabench.cells import KERNEL_MEASURES
 from metabench.errors import StoreError
 
 SCHEMA_VERSION = 1
@@ -185,6 +186,22 @@ class Run:
             _append_line(self.path / "measurements.jsonl", record)
         return Measurement(**record)
 
+    def append_slices(self, slices: Mapping[str, Any]) -> int:
+        """Make the raw samples of one process of a time durable; they begin with its cell, measure and process.
+
+        Raises:
+            StoreError: the disk is full or the folder cannot be written.
+        """
+        with _disk(self.path):
+            return _append_line(self.path / "samples.jsonl", slices)
+
+    def slices(self) -> dict[Key, list[dict[str, Any]]]:
+        """The raw samples of every time, a line per process in the order measured; the key's `offset` is the line's."""
+        found: dict[Key, list[dict[str, Any]]] = {}
+        for offset, line in _raw_lines(self.path / "samples.jsonl", b'"process": '):
+            found.setdefault((line["cell"], line["measure"]), []).append({**line, "offset": offset})
+        return found
+
     def measurements(self) -> dict[Key, Measurement]:
         """The last measurement of every key, whatever its status or hash; one whose raw samples are lost is none."""
         file = self.path / "measurements.jsonl"
@@ -267,12 +284,14 @@ class Run:
 
 
 def _row(run: Run, cell: Mapping[str, Any], m: Measurement) -> dict[str, Any]:
+    cost = m.measure in KERNEL_MEASURES
     known = {
         "run": run.name,
         "suite": run.manifest["suite"],
         **cell,
+        "tasks": cell.get("tasks", 1) if cost else None,  # quality does not depend on how many share a call
         **m.facts,
-        "kernel": m.measure.rpartition("_")[0] if m.measure.startswith(("adapt_", "predict_", "embed_")) else "",
+        "kernel": m.measure.rpartition("_")[0] if cost else "",
         "code": m.hash,
         **{k: getattr(m, k) for k in ("cell", "measure", "unit", "n", "value", "ci_low", "ci_high", "sd")},
         **{k: getattr(m, k) for k in ("status", "reason", "environment")},
@@ -353,6 +372,23 @@ def _cut_torn_line(file: Path) -> None:
     data = file.read_bytes()
     if data and not data.endswith(b"\n"):
         os.truncate(file, data.rfind(b"\n") + 1)
+
+
+def _raw_lines(file: Path, word: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The whole lines that hold `word`, each with its offset."""
+    if not file.exists():
+        return
+    offset = 0
+    with file.open("rb") as handle:
+        for line in handle:
+            if word in line and line.endswith(b"\n"):
+                try:
+                    yield offset, json.loads(line)
+                except ValueError as error:
+                    raise StoreError(
+                        f"{file}: damaged at byte {offset} ({error}); delete that line to go on"
+                    ) from error
+            offset += len(line)
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:

@@ -15,6 +15,8 @@ from typing import Any
 
 from metabench.catalogue import NAME, Catalogue, Plugin, Value, catalogue
 from metabench.cells import (
+    KERNEL_MEASURES,
+    Call,
     Cell,
     Task,
     TrainSpec,
@@ -26,7 +28,7 @@ from metabench.cells import (
     training_problems,
 )
 from metabench.errors import ConfigError, did_you_mean
-from metabench.suitefile import AlgorithmEntry, Document, SuiteEntry, TaskEntry, Where, validate
+from metabench.suitefile import AlgorithmEntry, CallEntry, Document, SuiteEntry, TaskEntry, Where, validate
 
 MAX_CELLS = 50_000
 
@@ -41,6 +43,14 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Timing:
+    """How times are measured: in so many fresh processes, so many slices of each kernel in each."""
+
+    processes: int
+    slices: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Suite:
     """A validated suite. `plugins` are the files it names, then those of the call; `threads` None means all cores."""
 
@@ -48,17 +58,17 @@ class Suite:
     path: Path
     description: str
     evaluation: Evaluation
-    measures: tuple[str, ...]
     threads: int | None
     reference: str | None
     controls: bool
     plugins: tuple[Path, ...]
     catalogue: Catalogue = field(repr=False, compare=False)
-    points: tuple[Cell, ...] = field(repr=False)
+    timing: Timing
+    points: Mapping[Cell, tuple[str, ...]] = field(repr=False)
 
     def cells(self) -> tuple[Cell, ...]:
-        """Return the cells, each once: the grid's, task by task, then the explicit ones, then the controls."""
-        return self.points
+        """Return the cells, each once: the grids', task by task, then the explicit ones, then the controls."""
+        return tuple(self.points)
 
     def resolved(self) -> dict[str, Any]:
         """Return all that the suite means as plain data for JSON; cells are their ids."""
@@ -67,11 +77,11 @@ class Suite:
             "description": self.description,
             "plugins": [path.name for path in self.plugins],
             "evaluation": asdict(self.evaluation),
-            "measures": list(self.measures),
+            "timing": asdict(self.timing),
             "controls": self.controls,
             "reference": self.reference,
             "threads": self.threads,
-            "cells": [cell.id for cell in self.points],
+            "cells": {cell.id: list(measures) for cell, measures in self.points.items()},
         }
 
 
@@ -103,12 +113,12 @@ def load_suite(name: str | Path, *, plugins: Sequence[Path] = ()) -> Suite:
         path=file.resolve(),
         description=entry.description,
         evaluation=Evaluation(**entry.evaluation.model_dump()),
-        measures=tuple(entry.measures),
         threads=entry.threads,
         reference=entry.reference,
         controls=entry.controls,
         plugins=files,
         catalogue=known,
+        timing=Timing(**entry.timing.model_dump()),
         points=points,
     )
 
@@ -159,51 +169,101 @@ class _Choice:
     where: Where
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where and how a cell is measured, besides its task and algorithm."""
+
+    device: str
+    precision: str
+    seed: int
+    call: Call
+    measures: tuple[str, ...]
+
+    @property
+    def trains(self) -> bool:
+        """Whether a measure needs a training: the cost of kernels does not depend on what was learned."""
+        return not {*self.measures} <= {*KERNEL_MEASURES}
+
+
+def _calls(entry: CallEntry) -> list[Call]:
+    """Return every call that an entry sweeps."""
+    every_steps: list[int | None] = [*entry.steps] if entry.steps else [None]
+    every_threads: list[int | None] = [*entry.threads] if entry.threads else [None]
+    axes = itertools.product(entry.tasks, every_steps, every_threads, entry.allocator, entry.layout, entry.compile)
+    return [
+        Call(tasks=tasks, steps=steps, threads=threads, allocator=allocator, layout=layout, compile=compiled)
+        for tasks, steps, threads, allocator, layout, compiled in axes
+    ]
+
+
 class _Expansion:
     """From a suite's entry to its cells; what cannot be is reported to the document and left out."""
 
     def __init__(self, document: Document, entry: SuiteEntry, known: Catalogue) -> None:
         self.document, self.entry, self.known = document, entry, known
         self.train = entry.train.model_dump(exclude_none=True)
-        self.found: dict[Cell, None] = {}
-        self.used: dict[tuple[Task, str, str, int], tuple[Where, set[str]]] = {}
+        self.found: dict[Cell, dict[str, None]] = {}
+        self.used: dict[tuple[Task, _Place], tuple[Where, set[str]]] = {}
 
-    def cells(self) -> tuple[Cell, ...]:
-        """Return the cells of grid, explicit cells and controls."""
-        if grid := self.entry.grid:
-            tasks = self._placed_tasks((("grid", "tasks", n), one) for n, one in enumerate(grid.tasks))
-            choices = self._all_choices((("grid", "algorithms", n), one) for n, one in enumerate(grid.algorithms))
-            coordinates = list(itertools.product(grid.devices, grid.precisions, grid.seeds))
-            if self._few(len(tasks) * len(choices) * len(coordinates), ("grid",)):
+    def cells(self) -> dict[Cell, tuple[str, ...]]:
+        """Return the cells of grids, explicit cells and controls, each with its measures."""
+        for g, grid in enumerate(self.entry.grid):
+            tasks = self._placed_tasks((("grid", g, "tasks", n), one) for n, one in enumerate(grid.tasks))
+            choices = self._all_choices((("grid", g, "algorithms", n), one) for n, one in enumerate(grid.algorithms))
+            measures = tuple(grid.measures or self.entry.measures)
+            places = [
+                _Place(device=device, precision=precision, seed=seed, call=call, measures=measures)
+                for device, precision, seed in itertools.product(grid.devices, grid.precisions, grid.seeds)
+                for entry in grid.calls
+                for call in _calls(entry)
+            ]
+            if self._few(len(tasks) * len(choices) * len(places), ("grid", g)):
                 for (where, task), choice in itertools.product(tasks, choices):
-                    self._add(where, task, choice, coordinates)
-        for n, cell in enumerate(self.entry.cells):
-            for where, task in self._placed_tasks([(("cells", n, "task"), cell.task)]):
-                for choice in self._all_choices([(("cells", n, "algorithm"), cell.algorithm)]):
-                    self._add(where, task, choice, [(cell.device, cell.precision, cell.seed)])
+                    self._add(where, task, choice, places)
+        for n, one in enumerate(self.entry.cells):
+            place = _Place(
+                device=one.device,
+                precision=one.precision,
+                seed=one.seed,
+                call=Call(),
+                measures=tuple(self.entry.measures),
+            )
+            for where, task in self._placed_tasks([(("cells", n, "task"), one.task)]):
+                for choice in self._all_choices([(("cells", n, "algorithm"), one.algorithm)]):
+                    self._add(where, task, choice, [place])
         if self.entry.controls:
             self._add_controls()
         self._check_whole()
-        return tuple(self.found)
+        return {cell: tuple(measures) for cell, measures in self.found.items()}
 
-    def _add(self, where: Where, task: Task, choice: _Choice, coordinates: Sequence[tuple[str, str, int]]) -> None:
-        for train in self._training(where, task, choice):
-            if self.document.problems:
-                return  # no cells any more, but the rest is still to be checked
-            cell = make_cell(choice.plugin, task, params=choice.params, train=train)
-            for device, precision, seed in coordinates:
-                self.found[replace(cell, device=device, precision=precision, seed=seed)] = None
-                _, names = self.used.setdefault((task, device, precision, seed), (where, set()))
+    def _add(self, where: Where, task: Task, choice: _Choice, places: Sequence[_Place]) -> None:
+        for place in places:
+            for train in self._training(where, task, choice) if place.trains else [None]:
+                if self.document.problems:
+                    return  # no cells any more, but the rest is still to be checked
+                cell = make_cell(
+                    choice.plugin,
+                    task,
+                    params=choice.params,
+                    train=train,
+                    device=place.device,
+                    precision=place.precision,
+                    seed=place.seed,
+                    call=place.call,
+                )
+                wanted = self.found.setdefault(cell, {})
+                wanted |= dict.fromkeys(cell.measures(place.measures))
+                _, names = self.used.setdefault((task, place), (where, set()))
                 names.add(choice.plugin.name)
 
     def _add_controls(self) -> None:
-        """Add to each task, device, precision and seed the controls that fit and are not named there."""
+        """Add to each task and place the controls that fit and are not named there."""
         for control in [one for one in self.known.algorithms.values() if one.meta["control"]]:
             choices = self._choices(("controls",), AlgorithmEntry(name=control.name))
-            for (task, device, precision, seed), (where, names) in list(self.used.items()):
+            for (task, place), (where, names) in list(self.used.items()):
                 if control.name not in names and no_match(control, task.problem) is None:
                     for choice in choices:
-                        self._add(where, task, choice, [(device, precision, seed)])
+                        self._add(where, task, choice, [place])
 
     def _check_whole(self) -> None:
         """Report an unknown reference and, unless other mistakes may be why, an empty suite."""

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import ErrorDetails
 
 from metabench.catalogue import BUDGETS, NAME
+from metabench.cells import MEASURES, Allocator, Layout
 from metabench.errors import ConfigError, did_you_mean
 
 MAX_BYTES, MAX_VALUES, MAX_DEPTH, MAX_INT = 1_000_000, 100_000, 20, 2**63 - 1
@@ -47,7 +48,17 @@ Threads = Annotated[int, Field(ge=1, le=1024)]  # many more, and the machine has
 Seed = Annotated[int, Field(ge=0, le=MAX_INT)]
 Device = Literal["cpu", "cuda"]
 Precision = Literal["float32", "bf16"]
-Measure = Literal["accuracy", "mse", "mse_before", "train_time", "adapt_time"]
+
+
+def _measure(name: str) -> str:
+    """Raise ValueError for what is no measure."""
+    if name not in MEASURES:
+        raise ValueError(f"{name!r} is no measure{did_you_mean(name, MEASURES)}")
+    return name
+
+
+Measure = Annotated[str, AfterValidator(_measure), Field(json_schema_extra={"enum": [*MEASURES]})]
+Measures = Annotated[list[Measure], AfterValidator(_distinct)]
 
 
 class _Entry(BaseModel):
@@ -108,6 +119,12 @@ def _or_name(schema: dict[str, Any]) -> None:
     schema["anyOf"] = [{"type": "string", "description": "An algorithm's name."}, entry]
 
 
+def _or_list(schema: dict[str, Any]) -> None:
+    """Say in the JSON Schema that one of the items may stand for the list."""
+    items = schema.pop("items")
+    schema["anyOf"] = [items, {"type": schema.pop("type"), "items": items}]
+
+
 class AlgorithmEntry(_Entry):
     """An algorithm: its name alone, or with parameters (lists are swept) and training."""
 
@@ -123,6 +140,32 @@ class AlgorithmEntry(_Entry):
         return {"name": value} if isinstance(value, str) else value
 
 
+class CallEntry(_Entry):
+    """How kernels are called when their cost is measured. Lists are swept."""
+
+    tasks: Annotated[list[Count], BeforeValidator(_listed)] = Field(
+        default=[1], min_length=1, description="Tasks that share a call.", json_schema_extra=_counts(1)
+    )
+    steps: Annotated[list[Count] | None, BeforeValidator(_listed)] = Field(
+        default=None,
+        min_length=1,
+        description="Inner steps in evaluation; default: the algorithm's own.",
+        json_schema_extra=_counts(1),
+    )
+    threads: Annotated[list[Threads] | None, BeforeValidator(_listed)] = Field(
+        default=None, min_length=1, description="Threads; default: the suite's.", json_schema_extra=_counts(1)
+    )
+    allocator: Annotated[list[Allocator], BeforeValidator(_listed)] = Field(
+        default=["kept"], min_length=1, description="The C library's allocator: arenas kept, or as it comes."
+    )
+    layout: Annotated[list[Layout], BeforeValidator(_listed)] = Field(
+        default=["channels_last"], min_length=1, description="The memory format of images."
+    )
+    compile: Annotated[list[bool], BeforeValidator(_listed)] = Field(
+        default=[False], min_length=1, description="Whether torch.compile makes the kernel (embed only)."
+    )
+
+
 class GridEntry(_Entry):
     """The product of its axes."""
 
@@ -136,6 +179,12 @@ class GridEntry(_Entry):
     )
     seeds: Annotated[list[Seed], AfterValidator(_distinct)] = Field(
         default=[0], min_length=1, description="Training seeds; the test episodes do not depend on them."
+    )
+    calls: list[CallEntry] = Field(
+        default=[CallEntry()], min_length=1, description="How kernels are called; quality is measured once."
+    )
+    measures: Measures | None = Field(
+        default=None, min_length=1, description="What is measured in this grid; default: the suite's measures."
     )
 
 
@@ -159,6 +208,17 @@ class EvaluationEntry(_Entry):
     )
 
 
+class TimingEntry(_Entry):
+    """How much is sampled when kernels are timed."""
+
+    processes: Annotated[int, Field(ge=1, le=1000)] = Field(
+        default=5, description="Fresh processes, over which the interval is taken; one gives no interval."
+    )
+    slices: Annotated[int, Field(ge=3, le=10_000)] = Field(
+        default=12, description="Samples of each kernel in each process, in random order among all kernels."
+    )
+
+
 class SuiteEntry(_Entry):
     """A metabench suite: what is compared, on what, and how it is measured."""
 
@@ -167,15 +227,18 @@ class SuiteEntry(_Entry):
     )
     description: str = Field(default="", description="One line on what the suite is for.")
     plugins: list[str] = Field(default=[], description="Plug-in files (algorithms, data sets), relative to this file.")
-    grid: GridEntry | None = Field(
-        default=None, description="The product of tasks, algorithms, devices, precisions and seeds."
+    grid: list[GridEntry] = Field(
+        default=[],
+        description="The product of tasks, algorithms, devices, precisions, seeds and calls, or a list of such.",
+        json_schema_extra=_or_list,
     )
     cells: list[CellEntry] = Field(default=[], description="Explicit cells, besides the grid or instead of it.")
     train: TrainEntry = Field(default=TrainEntry(), description="Training of all algorithms that do not say otherwise.")
     evaluation: EvaluationEntry = Field(
         default=EvaluationEntry(), description="The test episodes and the weights tested."
     )
-    measures: Annotated[list[Measure], AfterValidator(_distinct)] = Field(
+    timing: TimingEntry = Field(default=TimingEntry(), description="How the times of kernels are measured.")
+    measures: Measures = Field(
         default=["accuracy", "mse", "mse_before", "train_time", "adapt_time"],
         min_length=1,
         description="What is measured; what does not fit a task is left out for it.",
@@ -224,6 +287,16 @@ class Document:
             return value
 
         self.data, self.lines, self.removed = copy(self.data, (), ()), lines, removed
+
+    def listed(self, key: str) -> None:
+        """Put the mapping at a top-level key into a list of its own, places included."""
+        if isinstance(self.data, dict) and isinstance(self.data.get(key), dict):
+            self.data[key] = [self.data[key]]
+            moved = {place: line for place, line in self.lines.items() if place[:1] == (key,)}
+            self.lines |= {(key, 0, *place[1:]): line for place, line in moved.items()}
+            for place in moved.keys() - {(key,)}:
+                if place[:2] != (key, 0):
+                    del self.lines[place]
 
     def whole(self, where: Where) -> bool:
         """Return whether nothing was left out at or inside a place: what it lacks, it lacks from the start."""
@@ -314,6 +387,8 @@ _PARTS: dict[str | int, type[BaseModel]] = {
     "algorithm": AlgorithmEntry,
     "train": TrainEntry,
     "evaluation": EvaluationEntry,
+    "timing": TimingEntry,
+    "calls": CallEntry,
 }
 _WANTED = {
     "int_type": "a whole number",
@@ -354,6 +429,7 @@ def _explain(detail: ErrorDetails) -> str:
 
 def validate(document: Document) -> SuiteEntry | None:
     """Return the suite's entry without its bad parts, which are reported; None if nothing is left."""
+    document.listed("grid")
     for attempt in itertools.count():
         try:
             return SuiteEntry.model_validate(document.data)

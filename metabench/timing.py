@@ -24,8 +24,6 @@ from torch import Tensor
 from metabench.errors import ConfigError, MetabenchError
 
 WARM_UP_CALLS = 3
-MIN_SAMPLES, MAX_SAMPLES = 7, 100
-SAMPLE_SECONDS = 0.4  # enough samples for a median, short enough for a table of many rows
 SLICE_SECONDS = 0.02
 LAUNCH_SHARE = 0.9  # of the device's time spent launching: the device waits for the host
 
@@ -139,8 +137,7 @@ def calibrate(
     Raises:
         ClockError: the clock ran backwards or gave no number.
     """
-    for _ in range(WARM_UP_CALLS):
-        thunk()
+    warm_up(thunk)
     calls = 1
     while True:
         taken = _region(thunk, calls, clock).host
@@ -150,6 +147,12 @@ def calibrate(
             break
         calls = min(limit, calls * 2)
     return max(1, min(limit, round(calls * seconds / taken))) if taken else calls
+
+
+def warm_up(thunk: Callable[[], object]) -> None:
+    """Call `thunk` untimed, as often for every kernel: an adaptive warm-up would favour one of two compared."""
+    for _ in range(WARM_UP_CALLS):
+        thunk()
 
 
 def take(thunk: Callable[[], object], calls: int, clock: Clock) -> Slice:
@@ -387,29 +390,3 @@ def _cuda_work() -> Work:
     start(WARM_UP_CALLS)  # loads the library
     finish()
     return Work(start, finish)
-
-
-def sample(
-    thunk: Callable[[], object],
-    *,
-    synchronise: Callable[[], None] = lambda: None,
-    seconds: float = SAMPLE_SECONDS,
-) -> list[float]:
-    """Wall seconds of each call of `thunk`, after equal warm-up, with the garbage collector off.
-
-    `synchronise` waits for a device to finish; it is called once before and once inside every sample.
-    Takes samples for about `seconds`, at least 7 and at most 100.
-    """
-    for _ in range(WARM_UP_CALLS):
-        thunk()
-    samples: list[float] = []
-    gc.collect()
-    with _collector_off():
-        end = time.perf_counter() + seconds
-        while len(samples) < MIN_SAMPLES or (time.perf_counter() < end and len(samples) < MAX_SAMPLES):
-            synchronise()
-            start = time.perf_counter()
-            thunk()
-            synchronise()
-            samples.append(time.perf_counter() - start)
-    return samples

@@ -1,8 +1,8 @@
-"""The child process: runs jobs, speaks versioned JSON lines with its parent.
+"""The child process: runs jobs and times kernels, speaks versioned JSON lines with its parent.
 
-In: one JSON line per job on standard input, or `{"kind": "stop"}`. When standard input closes, the parent is gone and
-the worker stops too. Out: `hello`, then `progress`, `log`, `result`, and `done` per job, on the original standard
-output; whatever libraries print goes to standard error.
+In: one JSON line per job or per question of cost on standard input, or `{"kind": "stop"}`. When standard input closes,
+the parent is gone and the worker stops too. Out: `hello`, then `progress`, `log`, `result`, and `done` per job, one
+`answer` per question, on the original standard output; whatever libraries print goes to standard error.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def main() -> None:
     line = Line()
     import torch
 
+    from metabench.bench import Bench
     from metabench.catalogue import catalogue
     from metabench.measure import Workshop, run_job
     from metabench.scoring import Stopped
@@ -76,12 +77,16 @@ def main() -> None:
     shop = Workshop(load=load, emit=line.emit, stopping=line.stopping)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     line.emit("hello", torch=torch.__version__, cuda=torch.cuda.is_available(), gpu=gpu, threads=threads)
-    while (job := line.jobs.get()) is not None:
+    bench = Bench(shop)
+    while (asked := line.jobs.get()) is not None:
+        if asked["kind"] != "job":
+            line.emit("answer", id=asked["id"], **bench.answer(asked))
+            continue
         try:
-            run_job(job, shop)
+            run_job(asked, shop)
         except Stopped:
             break
-        line.emit("done", job=job["id"])
+        line.emit("done", job=asked["id"])
 
 
 if __name__ == "__main__":

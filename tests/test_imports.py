@@ -27,12 +27,12 @@ ALLOWED: dict[str, set[str]] = {
     # the suite half
     "catalogue": NOBODY,
     "cells": {"catalogue"},
-    "suitefile": {"catalogue"},
+    "suitefile": {"catalogue", "cells"},
     "suite": {"catalogue", "cells", "suitefile"},
     # the plain half
     "stats": NOBODY,
     "environment": NOBODY,
-    "store": NOBODY,
+    "store": {"cells"},
     "roofline": NOBODY,
     "report": {"report", "store", "stats"},
     # the torch half
@@ -46,11 +46,15 @@ ALLOWED: dict[str, set[str]] = {
     "datasets": {"datasets", "episodes"},
     "scoring": {"algorithms", *TASKS},
     "training": {"algorithms", "scoring", *TASKS},
-    "measure": {"algorithms", "datasets", "scoring", "timing", "training", *TASKS},
+    "measure": {"algorithms", "datasets", "scoring", "training", *TASKS},
+    "kernels": {"algorithms", *TASKS},
+    "bench": {"counts", "kernels", "measure", "roofs", "timing"},
     # the bridge
     "plan": {"store", *SUITES},
-    "runner": {"plan", "store", "environment", "stats", *SUITES},
-    "worker": {"catalogue", "environment", "measure", "scoring"},
+    "workers": {"environment"},
+    "costs": {"environment", "plan", "store", "workers", *SUITES},
+    "runner": {"costs", "plan", "store", "environment", "stats", "workers", *SUITES},
+    "worker": {"bench", "catalogue", "environment", "measure", "scoring"},
     "probe": {"environment", "roofs", "timing"},
     "doctor": {"environment"},
     # the top
@@ -60,7 +64,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 PLAIN = (
     "suite", "cells", "suitefile", "catalogue", "store", "environment", "stats", "roofline", "doctor",
-    "plan", "runner", "report", "cli",
+    "plan", "workers", "costs", "runner", "report", "cli",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

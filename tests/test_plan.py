@@ -30,12 +30,13 @@ def test_source_hash_covers_what_is_imported_however_far(tmp_path):
     assert not {"cli.py", "runner.py", "protonet.py"} & names  # what makes no number makes no row stale
 
 
-def test_trainings_come_first_and_are_shared_by_the_tasks_that_state_them():
+def test_trainings_are_shared_by_the_tasks_that_state_them_and_costs_are_no_part_of_them():
     suite = load_suite("quickstart")
-    jobs = plan.jobs_of(plan.rows_of(suite))
-    modes = [job.mode for job in jobs]
-    assert modes == sorted(modes, reverse=True)  # "train" before "time": nothing else runs beside a timing
-    (protonet,) = [job for job in jobs if job.mode == "train" and job.rows[0].cell.algorithm == "protonet"]
+    rows = plan.rows_of(suite)
+    jobs = plan.jobs_of(rows)
+    assert {row for job in jobs for row in job.rows} == {row for row in rows if not row.kernel}
+    assert {row.measure for row in rows if row.kernel} == {"adapt_time"}
+    (protonet,) = [job for job in jobs if job.rows[0].cell.algorithm == "protonet"]
     assert {row.cell.shots for row in protonet.rows} == {1, 5}
 
 
@@ -46,9 +47,9 @@ def test_rows_of_an_earlier_plan_stay_only_while_their_code_does(tmp_path):
     seeds = plan.override(suite, seeds=[7])
     kept = plan.manifest_of(seeds, plan.rows_of(seeds), Run(tmp_path, manifest))
     assert len(kept["rows"]) == 2 * len(rows)
-    for cell in manifest["cells"].values():
-        if cell["algorithm"] == "protonet":
-            cell["sources"] = "older"
+    for row in manifest["rows"]:
+        if row["cell"].startswith("protonet"):
+            row["sources"] = "older"
     dropped = plan.manifest_of(seeds, plan.rows_of(seeds), Run(tmp_path, manifest))
     old = [row for row in dropped["rows"] if not row["cell"].endswith("seed7")]
     assert old and not any(row["cell"].startswith("protonet") for row in old)

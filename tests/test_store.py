@@ -96,7 +96,7 @@ def test_what_was_never_measured_is_pending():
 
 def row(digest):
     """The row ("a", accuracy) of a plan."""
-    return Row(SimpleNamespace(id="a"), "accuracy", digest)
+    return Row(SimpleNamespace(id="a"), "accuracy", digest, "code")
 
 
 @settings(max_examples=60, deadline=None)

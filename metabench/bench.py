@@ -1,0 +1,131 @@
+"""What a worker does for rows of cost: makes kernels ready, times slices of them, counts their work.
+
+The parent conducts (costs.py): it says which slice comes next, so that kernels of several workers can be interleaved.
+Messages and answers are plain data; see `plan.cost_message`.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from metabench import counts, roofs, timing
+from metabench.errors import Unsupported
+from metabench.kernels import Kernel, Subject, make_kernel
+from metabench.measure import Workshop, backbone_name, bind, build, reason_of
+
+Message = Mapping[str, Any]
+COUNTS: dict[str, Callable[[Callable[[], object]], int]] = {
+    "flops": counts.flops,
+    "bytes": counts.bytes_moved,
+    "launches": counts.launches,
+}
+UNITS = {"flops": "flop", "bytes": "B", "memory": "B", "nodes": "nodes", "launches": "launches"}
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A kernel that waits for its slices: per part its thunk and the calls of a slice."""
+
+    kernel: Kernel
+    clock: timing.Clock
+    calls: Mapping[int, int]
+
+
+class Bench:
+    """The kernels of one worker process."""
+
+    def __init__(self, shop: Workshop) -> None:
+        self.shop = shop
+        self.ready: dict[int, _Ready] = {}
+
+    def answer(self, message: Message) -> dict[str, Any]:
+        """Do what a message asks; what fails is an answer with its status and reason."""
+        doing: dict[str, Callable[[Message], dict[str, Any]]] = {
+            "prepare": self._prepare,
+            "control": self._control,
+            "slice": self._slice,
+            "count": self._count,
+            "roofs": lambda asked: {"roofs": roofs.measure(asked["device"])},
+        }
+        try:
+            return {"status": "ok", **doing[message["kind"]](message)}
+        except Unsupported as error:
+            return {"status": "skipped", "reason": str(error)}
+        except Exception as error:  # a failing kernel is a row with a reason; the others go on
+            self.shop.emit("log", text=traceback.format_exc())
+            return {"status": "failed", "reason": reason_of(error)}
+
+    def _prepare(self, message: Message) -> dict[str, Any]:
+        """Make a row's kernel ready; `calls` of an earlier process are used again."""
+        subject = self._subject(message, message["params"])
+        kernel = make_kernel(message["kernel"], subject)
+        known = {int(part): calls for part, calls in (message.get("calls") or {}).items()}
+        return self._keep(message, kernel, known, self._facts(subject, kernel))
+
+    def _control(self, message: Message) -> dict[str, Any]:
+        """Make ready fixed work that none of our code takes part in."""
+        kernel = Kernel({0: roofs.controls()[message["name"]]}, images=0)
+        return self._keep(message, kernel, {}, {})
+
+    def _keep(self, message: Message, kernel: Kernel, known: Mapping[int, int], facts: Message) -> dict[str, Any]:
+        clock = timing.clock_of(message["device"])
+        calls = {}
+        for part, thunk in kernel.parts.items():
+            kernel.restore()
+            if part in known:
+                timing.warm_up(thunk)
+            calls[part] = known.get(part) or timing.calibrate(thunk, clock)
+        self.ready[message["id"]] = _Ready(kernel, clock, calls)
+        return {"calls": calls, "facts": dict(facts)}
+
+    def _slice(self, message: Message) -> dict[str, Any]:
+        """Time one slice of a kernel that is ready."""
+        ready, part = self.ready[message["of"]], message["part"]
+        ready.kernel.restore()
+        taken = timing.take(ready.kernel.parts[part], ready.calls[part], ready.clock)
+        return {**taken._asdict(), "launch_bound": taken.launch_bound}
+
+    def _count(self, message: Message) -> dict[str, Any]:
+        """Count a kernel's work, tasks one after the other: vmap reports other figures for the same work."""
+        params = dict(message["params"])
+        if "strategy" in params and message["aspect"] != "memory":
+            params["strategy"] = "serial"
+        subject = self._subject(message, params)
+        kernel = make_kernel(message["kernel"], subject)
+        values = {part: self._counted(message, kernel, thunk) for part, thunk in kernel.parts.items()}
+        first, last = min(values), max(values)
+        value = values[first] if first == last else (values[last] - values[first]) / (last - first)
+        return {"value": value, "unit": UNITS[message["aspect"]], "facts": self._facts(subject, kernel)}
+
+    def _counted(self, message: Message, kernel: Kernel, thunk: Callable[[], object]) -> int:
+        aspect = message["aspect"]
+        if aspect == "nodes":
+            if kernel.loss is None:
+                raise Unsupported("only meta_step has a graph: the others run without gradients")
+            return counts.autograd_nodes(kernel.loss())
+        if aspect == "memory":
+            thunk()  # what is set up once is no part of a call
+            return counts.peak_memory(thunk, message["device"])
+        kernel.restore()
+        return COUNTS[aspect](thunk)
+
+    def _subject(self, message: Message, params: Mapping[str, Any]) -> Subject:
+        dataset, call = self.shop.dataset(message), message["call"]
+        train, test = (bind(dataset, subset, message, message, seed=message["seed"]) for subset in ("train", "test"))
+        algorithm = build({**message, "params": params, "layout": call["layout"]}, self.shop, train.problem)
+        reason = algorithm.unsupported(test.problem)
+        if reason is not None:
+            raise Unsupported(reason)
+        return Subject(algorithm, train, test, tasks=call["tasks"], steps=call["steps"], compile=call["compile"])
+
+    def _facts(self, subject: Subject, kernel: Kernel) -> dict[str, Any]:
+        return {
+            "backbone": backbone_name(subject.algorithm),
+            "threads": torch.get_num_threads(),
+            "images": kernel.images,
+        }

@@ -1,0 +1,136 @@
+"""A worker process as its parent sees it: how it is started, spoken to, and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from metabench import environment
+from metabench.errors import WorkerError
+
+
+class Worker:
+    """The worker process as its parent sees it."""
+
+    def __init__(
+        self, threads: int, plugins: Sequence[Path], log: Path, *, allocator: str = "kept", pinned: bool = False
+    ) -> None:
+        self.environment = ""
+        self.threads = threads
+        variables = environment.worker_environment(threads, allocator=allocator)
+        variables["METABENCH_PLUGINS"] = json.dumps([str(p) for p in plugins])
+        self._log = log.open("a", encoding="utf-8", errors="backslashreplace")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "metabench.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=variables,
+            text=True,
+            encoding="utf-8",
+            start_new_session=True,  # Ctrl-C reaches the parent alone, which then asks for a stop
+        )
+        if pinned:
+            self._pin(threads)
+
+    def hello(self) -> dict[str, Any]:
+        """The worker's first message: torch, devices, threads."""
+        try:
+            hello = next(self.messages())
+            if hello["v"] != environment.PROTOCOL:
+                raise WorkerError(f"it speaks protocol {hello['v']}, not {environment.PROTOCOL}; reinstall metabench")
+
+            return hello
+        except WorkerError as error:
+            raise WorkerError(f"{self._log.name}: at its start, {error}") from error
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Send one message, and return the answer of the same id; what it logs meanwhile is kept.
+
+        Raises:
+            WorkerError: it died.
+        """
+        self.send(message)
+        for heard in self.messages():
+            if heard["kind"] == "log":
+                self.log(heard["text"])
+            elif heard["kind"] == "answer" and heard["id"] == message["id"]:
+                return heard
+        raise AssertionError("messages() ends only by an error")
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send one message."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise WorkerError(self._death()) from None
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """What the worker says, until it dies.
+
+        Raises:
+            WorkerError: it died; the message says how.
+        """
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.endswith("\n"):  # else it died while saying it
+                yield json.loads(line)
+        raise WorkerError(self._death())
+
+    def log(self, text: str) -> None:
+        """Keep a text beside what the worker printed."""
+        self._log.write(text + "\n")
+        self._log.flush()
+
+    def ask_to_stop(self) -> None:
+        """Ask it to save its checkpoint and end."""
+        if self._process.poll() is None:
+            with contextlib.suppress(WorkerError):
+                self.send({"kind": "stop"})
+
+    def wait(self) -> None:
+        """Wait for its end."""
+        self._process.wait()
+
+    def kill(self) -> None:
+        """End it at once, whatever it does."""
+        if self._process.poll() is None:
+            with contextlib.suppress(OSError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def close(self) -> None:
+        """End it at once, and close all that leads to it."""
+        self.kill()
+        for stream in (self._process.stdin, self._process.stdout, self._log):
+            with contextlib.suppress(OSError):
+                if stream:
+                    stream.close()
+
+    def _pin(self, threads: int) -> None:
+        """Keep it on the first cores that we may use: workers that are compared then share them."""
+        if hasattr(os, "sched_setaffinity"):
+            cores = sorted(os.sched_getaffinity(0))[:threads]
+            with contextlib.suppress(OSError):  # it died already: its first message will not come
+                os.sched_setaffinity(self._process.pid, cores)
+
+    def _death(self) -> str:
+        code = self._process.wait()
+        if code == -signal.SIGKILL:
+            return "the worker was killed (signal 9): often the machine ran out of memory; see worker.log"
+        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+        return f"the worker ended {how}; its last words are in worker.log"
