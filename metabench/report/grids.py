@@ -11,12 +11,13 @@ from metabench.stats import Interval
 
 Lines = tuple[str, ...]
 DASH = "–"
+SHORT = {"compute": "comp", "memory": "mem"}
 KERNEL_HEADS = {
     "adapt": "adapt", "inner_step": "inner step", "predict": "predict", "embed": "embed", "meta_step": "meta step",
     "episode": "episode",
 }  # fmt: skip
 COUNT_HEADS = {
-    "flops": ("", "FLOP"), "bytes": ("", "bytes"), "memory": ("peak", "memory"), "nodes": ("graph", "nodes"),
+    "flops": ("", "FLOP"), "bytes": ("bytes", "moved"), "memory": ("peak", "bytes"), "nodes": ("graph", "nodes"),
     "launches": ("", "launches"),
 }  # fmt: skip
 
@@ -25,12 +26,13 @@ COUNT_HEADS = {
 class Grid:
     """Text in rows and columns; a cell has one line or several. The first `labels` columns name the row.
 
-    `heads` has two lines for each column.
+    `heads` has two lines for each column. `dim`: what follows a cell's first line is secondary.
     """
 
     heads: tuple[tuple[str, str], ...]
     rows: tuple[tuple[Lines, ...], ...]
     labels: int
+    dim: bool = False
 
 
 def grids(table: KernelTable, *, bounds: bool) -> list[Grid]:
@@ -48,7 +50,9 @@ def legend(report: KernelReport) -> list[str]:
     cells = [cell for table in report.tables for row in table.rows for cell in row.cells]
     said = []
     if any(cell.time for cell in cells):
-        said.append("Times are the median over processes, per call; an inner step's is per step, its slope over steps.")
+        said.append("Times are the median over processes, per call.")
+    if any(cell.kernel == "inner_step" and cell.time for cell in cells):
+        said.append("An inner step's time is the slope over step counts; once: what a call costs beside its steps.")
     if any(cell.time and cell.time.half is not None for cell in cells):
         said.append("Intervals are at 95 %, over processes.")
     if any(cell.ratio for cell in cells):
@@ -58,7 +62,7 @@ def legend(report: KernelReport) -> list[str]:
         said.append(f"× is the time relative to the reference's in the same column, {which}: below 1 is faster.")
     if any(cell.share is not None for cell in cells):
         said.append(
-            "Roof: the least time that the machine's peak rate (compute) or its copy bandwidth (memory) allows, as a "
+            "Roof: the least time that the machine's peak rate (comp) or its copy bandwidth (mem) allows, as a "
             "share of the time. Bytes are those of every operation's operands, so caches can bring it above 100 %."
         )
     return said
@@ -72,7 +76,7 @@ def _times(table: KernelTable, bounds: bool) -> Grid:
         for row in table.rows
         if any(_has_time(cell) for cell in row.cells)
     ]
-    return Grid(heads, tuple(rows) if kernels else (), 1)
+    return Grid(heads, tuple(rows) if kernels else (), 1, dim=True)
 
 
 def _has_time(cell: KernelCell | None) -> bool:
@@ -84,9 +88,9 @@ def _time(cell: KernelCell | None, row: KernelRow, bounds: bool) -> Lines:
         return ("",)
     if cell.time is None:
         return (f"{DASH} {dict(cell.missing)['time']}",)
-    if row.is_reference:
-        return wording.timing(cell.time, bounds=bounds), "×1"
-    return wording.timing(cell.time, bounds=bounds), *([_ratio(cell.ratio, bounds)] if cell.ratio else [])
+    ratio = "×1" if row.is_reference else _ratio(cell.ratio, bounds) if cell.ratio else ""
+    once = "" if cell.intercept is None else f"once {wording.duration(cell.intercept)}"
+    return wording.timing(cell.time, bounds=bounds), *(text for text in (ratio, once) if text)
 
 
 def _ratio(ratio: Interval, bounds: bool) -> str:
@@ -100,15 +104,15 @@ def _counts(table: KernelTable) -> Grid:
     ]
     cells = [cell for row in table.rows for cell in row.cells]
     if any(cell.rate is not None for cell in cells):
-        columns.append((("", "GFLOP/s"), lambda c: "" if c.rate is None else wording.digits(c.rate / 1e9)))
+        columns.append((("GFLOP", "/s"), lambda c: "" if c.rate is None else wording.digits(c.rate / 1e9)))
     if any(cell.share is not None for cell in cells):
-        columns.append((("share of", "the roof"), _share))
+        columns.append((("share", "of roof"), _share))
     rows = []
     for row in table.rows:
         counted = [cell for cell in row.cells if _is_counted(cell, table.counts)]
-        for i, cell in enumerate(counted):
-            name = row.method if i == 0 else ""
-            rows.append(((name,), (KERNEL_HEADS[cell.kernel],), *((show(cell),) for _, show in columns)))
+        if counted:
+            names = tuple(KERNEL_HEADS[cell.kernel] for cell in counted)
+            rows.append(((row.method,), names, *(tuple(show(cell) for cell in counted) for _, show in columns)))
     heads = (("", "method"), ("", "kernel"), *(head for head, _ in columns))
     return Grid(heads, tuple(rows) if columns else (), 2)
 
@@ -120,8 +124,7 @@ def _is_counted(cell: KernelCell, aspects: Sequence[str]) -> bool:
 def _counter(aspect: str) -> Callable[[KernelCell], str]:
     def show(cell: KernelCell) -> str:
         if aspect in cell.counts:
-            unit = "B" if aspect in ("bytes", "memory") else ""
-            return wording.amount(cell.counts[aspect], unit)
+            return wording.amount(cell.counts[aspect])
         letter = dict(cell.missing).get(aspect)
         return f"{DASH} {letter}" if letter else ""
 
@@ -131,4 +134,4 @@ def _counter(aspect: str) -> Callable[[KernelCell], str]:
 def _share(cell: KernelCell) -> str:
     if cell.share is None:
         return ""
-    return f"{wording.digits(100 * cell.share, 2)} % {cell.bound}".rstrip()
+    return f"{wording.digits(100 * cell.share, 2)} % {SHORT.get(cell.bound, '')}".rstrip()

@@ -241,6 +241,7 @@ def _protocol(rows: pd.DataFrame) -> tuple[tuple[str, str], ...]:
     entries = [
         ("tasks per call", _text(row["tasks"])),
         ("queries", _text(row["queries"])),
+        ("images per embed call", _span(rows.loc[rows["kernel"] == "embed", "images"])),
         ("device", f"{row['device']} {row['precision']}"),
         ("threads", _span(rows["threads"])),
         ("data", ", ".join(item for item in inside if "=" in item)),

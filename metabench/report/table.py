@@ -16,7 +16,7 @@ from metabench.report.model import KernelReport, KernelTable, Row, Table
 
 GAP = "  "
 NARROWEST_METHOD = 12
-WIDEST_METHOD = 30  # of a table of kernels; a longer name takes several lines
+WIDEST_METHOD = 20  # of a table of kernels; a longer name takes several lines
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _only(grid: Grid, columns: Sequence[int]) -> Grid:
     """Those columns, and the rows that have anything in them."""
     rows = [tuple(row[i] for i in columns) for row in grid.rows]
     filled = [row for row in rows if any(any(cell) for cell in row[grid.labels :])]
-    return Grid(tuple(grid.heads[i] for i in columns), tuple(filled), grid.labels)
+    return Grid(tuple(grid.heads[i] for i in columns), tuple(filled), grid.labels, grid.dim)
 
 
 def _panel(grid: Grid, width: int) -> list[Text]:
@@ -117,7 +117,7 @@ def _panel(grid: Grid, width: int) -> list[Text]:
         cells = [tuple(_folded(row[0][0], widths[0])), *row[1:]]
         for i in range(max(len(cell) for cell in cells)):
             texts = [cell[i] if i < len(cell) else "" for cell in cells]
-            out.append(Text(_aligned(texts, widths, grid.labels), style="" if i == 0 else "dim"))
+            out.append(Text(_aligned(texts, widths, grid.labels), style="dim" if i and grid.dim else ""))
     return [*out, Text("─" * total, style="dim")]
 
 

@@ -60,12 +60,12 @@ def margin(value: float, interval: Interval, *, bounds: bool) -> str:
     return f"{value:.{places}f} ±{interval.half:.{places}f}"
 
 
-def amount(value: float, unit: str = "") -> str:
-    """A count with three digits and the prefix that suits it: 1.23 G, 45.6 MB, 812."""
-    for limit, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+def amount(value: float) -> str:
+    """A count with three digits and the prefix that suits it: 1.23 G, 45.6 M, 12.3 k, 8120."""
+    for limit, scale, prefix in ((1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if abs(value) >= limit:
-            return f"{digits(value / limit if prefix != 'k' else value / 1e3)} {prefix}{unit}"
-    return f"{value:.0f} {unit}".rstrip()
+            return f"{digits(value / scale)} {prefix}"
+    return f"{value:.0f}"
 
 
 def digits(value: float, count: int = 3) -> str:
@@ -180,8 +180,8 @@ def _time_unit(seconds: float) -> tuple[float, str]:
 
 
 def _digits(value: float, digits: int) -> str:
-    whole = len(f"{abs(value):.0f}") if abs(value) >= 0.5 else 0
-    return f"{value:.{max(0, digits - max(whole, 1))}f}"
+    rounded = f"{abs(value):.{digits - 1}e}"
+    return f"{value:.{max(0, digits - 1 - max(0, int(rounded.partition('e')[2])))}f}"
 
 
 def _capital(text: str) -> str:
