@@ -195,9 +195,9 @@ def _print_tables(data: RunData, reference: str | None = None) -> None:
     """The comparative tables on standard output, as wide as it is."""
     from rich.console import Console
 
-    from metabench.report import table, tables
+    from metabench.report import kernel_report, table, tables
 
-    table.show(tables(data, reference), Console(width=_width(), highlight=False))
+    table.show(tables(data, reference), kernel_report(data, reference), Console(width=_width(), highlight=False))
 
 
 def _print_plan(suite: Suite, select: str, device: str | None, seeds: Sequence[int] | None, newest: Run | None) -> None:

@@ -61,6 +61,15 @@ class Agreement:
     alike: int
 
 
+@dataclass(frozen=True)
+class PowerLaw:
+    """y = `factor` x^`exponent`; `worst` is the largest factor (1 or more) by which a point's mean log is off it."""
+
+    exponent: Interval
+    factor: float
+    worst: float
+
+
 def mean_interval(values: Scores, *, level: float = 0.95) -> Interval:
     """Student's t-interval of the mean of `values` (n,). One value has no bounds.
 
@@ -126,6 +135,76 @@ def cluster_interval(sums: Scores, counts: Scores, *, level: float = 0.95) -> In
     spread = _snap(float(((s - value * n) ** 2).sum()), s)
     se = (clusters / (clusters - 1) * spread) ** 0.5 / float(n.sum())
     return _student(value, se, clusters - 1, clusters, _sd(s / n), level)
+
+
+def median_interval(process_medians: Scores, *, level: float = 0.95) -> Interval:
+    """The interval of a time: the median of `process_medians` (n,), one value above 0 per process.
+
+    Student's t on the logs, since machines slow down by factors: median x exp(+-t(n - 1) s_log sqrt(pi / 2n)).
+    sqrt(pi / 2) is how much wider the median of many normal values scatters than their mean; for the few processes of
+    a timing it is a little too much, which keeps the interval conservative: normal logs, simulated, n = 3, 5, 10: the
+    95 % interval covers 96.5-97 %, the 99 % interval 99.4-99.6 %, and the median of a second run of as many
+    processes falls into the 99 % interval in 96.7-98.5 %. `sd` is in the values' own unit. One value has no bounds.
+
+    Raises ValueError for no values or for values that are not finite and above 0.
+    """
+    x = _positive(process_medians)
+    value = float(np.median(x))
+    if len(x) == 1:
+        return Interval(value, None, None, 1, None)
+    se = _sd(np.log(x)) * (np.pi / 2 / len(x)) ** 0.5
+    spread = float(np.exp(float(distributions.t.ppf((1 + level) / 2, len(x) - 1)) * se))
+    return Interval(value, value / spread, value * spread, len(x), _sd(x))
+
+
+def ratio(a: Interval, b: Interval) -> Interval:
+    """The interval of a / b, two independent intervals on a log scale such as `median_interval` gives.
+
+    Their half widths on the log scale are added in quadrature (Banerjee 1960, as in `seeds_interval`). No bounds where
+    one has none; `n` is the smaller of the two. Raises ValueError for values or bounds that are not above 0.
+    """
+    value, n = float((_positive([a.value]) / _positive([b.value]))[0]), min(a.n, b.n)
+    halves = [_log_half(side) for side in (a, b)]
+    if halves[0] is None or halves[1] is None:
+        return Interval(value, None, None, n, None)
+    spread = float(np.exp(np.hypot(halves[0], halves[1])))
+    return Interval(value, value / spread, value * spread, n, None)
+
+
+def paired_ratio(a: Scores, b: Scores, *, level: float = 0.95) -> Interval:
+    """`median_interval` of a[i] / b[i]: both (n,) in the same processes, so that what slows a process down cancels.
+
+    Raises ValueError for unequal lengths, or what `median_interval` raises it for.
+    """
+    x, y = _positive(a), _positive(b)
+    if x.shape != y.shape:
+        raise ValueError(f"paired times need the same processes, got {len(x)} and {len(y)}")
+    return median_interval(x / y, level=level)
+
+
+def power_law(x: Scores, y: Scores, *, level: float = 0.95) -> PowerLaw:
+    """Fit y = factor x^exponent by least squares on the logs; `x` (k,), `y` (k,) or (P processes, k), all above 0.
+
+    With two or more processes each gives its exponent, and the interval is Student's t over processes: it says how
+    well the exponent of these points is known. With one it is the t-interval of the regression (k - 2 degrees of
+    freedom): how well the points lie on a line; none for two points. Where fixed costs bend the line, `worst` shows
+    it, not the interval. Raises ValueError for fewer than two different x.
+    """
+    logs_x, table = np.log(_positive(x)), np.atleast_2d(np.asarray(y, dtype=np.float64))
+    logs_y = np.log(np.stack([_positive(row) for row in table]))
+    if logs_y.shape[1:] != logs_x.shape or np.ptp(logs_x) == 0:
+        raise ValueError("a power law needs as many y as x, and two different x")
+    centred = logs_x - logs_x.mean()
+    slopes = logs_y @ centred / (centred @ centred)
+    mean = logs_y.mean(axis=0)
+    exponent = mean_interval(slopes, level=level)
+    residual = mean - mean.mean() - exponent.value * centred
+    if len(slopes) == 1 and len(logs_x) > 2:
+        sd = (_snap(float(residual @ residual), mean) / (len(logs_x) - 2)) ** 0.5
+        se = sd / float(centred @ centred) ** 0.5
+        exponent = _student(exponent.value, se, len(logs_x) - 2, len(logs_x), sd, level)
+    factor = float(np.exp(mean.mean() - exponent.value * logs_x.mean()))
+    return PowerLaw(exponent, factor, float(np.exp(np.abs(residual).max())))
 
 
 def smallest_visible_difference(difference: Interval, *, power: float = 0.8) -> float | None:
@@ -218,6 +297,20 @@ def _snap(squares: float, x: Floats) -> float:
     """A sum of squares, 0 where it is no more than rounding of the numbers in `x`: constant scores then have sd 0."""
     rounding = len(x.ravel()) * (8 * np.finfo(np.float64).eps * float(np.abs(x).max())) ** 2
     return 0.0 if squares <= rounding else squares
+
+
+def _log_half(interval: Interval) -> float | None:
+    if interval.low is None or interval.high is None:
+        return None
+    low, high = np.log(_positive([interval.low, interval.high]))
+    return float(high - low) / 2
+
+
+def _positive(values: Scores) -> Floats:
+    x = _finite(values, ndim=1)
+    if (x <= 0).any():
+        raise ValueError("times and counts on a log scale must be above 0")
+    return x
 
 
 def _finite(values: Scores, *, ndim: int) -> Floats:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from metabench.errors import ConfigError, StoreError
-from metabench.report import FORMATS, RunData, latex, markdown, render, table, tables, wording
+from metabench.report import FORMATS, KernelReport, RunData, latex, markdown, render, table, tables, wording
 from metabench.report.csvfile import episodes as episodes_csv
 from metabench.report.model import EPISODE_COLUMNS, RESULT_COLUMNS
 from metabench.stats import mean_interval, paired_difference, seeds_interval
@@ -320,7 +320,10 @@ def test_only_failed_rows_still_make_a_table():
 def test_no_results_at_all(format):
     text = render(RunData.of([]), format)
     assert text.endswith("\n")
-    expected = {"csv": ",".join(RESULT_COLUMNS) + "\n", "json": '{\n "schema_version": 1,\n "tables": []\n}\n'}
+    expected = {
+        "csv": ",".join(RESULT_COLUMNS) + "\n",
+        "json": '{\n "schema_version": 1,\n "tables": [],\n "kernels": {\n  "tables": [],\n  "footer": []\n }\n}\n',
+    }
     assert text == expected.get(format, text)
     assert format in expected or "No results" in text
 
@@ -403,9 +406,9 @@ def test_the_table_keeps_to_its_width(width, seeds):
 def test_the_terminal_gets_no_colour_where_none_is_wanted(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     piped, terminal = io.StringIO(), io.StringIO()
-    table.show(tables(small()), Console(file=piped, width=80, force_terminal=False))
+    table.show(tables(small()), KernelReport(), Console(file=piped, width=80, force_terminal=False))
     assert [line.rstrip() for line in piped.getvalue().splitlines()] == TABLE.splitlines()
-    table.show(tables(small()), Console(file=terminal, width=80, force_terminal=True))
+    table.show(tables(small()), KernelReport(), Console(file=terminal, width=80, force_terminal=True))
     assert "\x1b[" in terminal.getvalue()
     assert not re.search(r"\x1b\[[\d;]*3\dm", terminal.getvalue())
 

@@ -9,8 +9,12 @@ from metabench.stats import (
     Interval,
     cluster_interval,
     mean_interval,
+    median_interval,
     paired_difference,
+    paired_ratio,
+    power_law,
     rank_agreement,
+    ratio,
     seeds_interval,
     smallest_visible_difference,
 )
@@ -154,3 +158,98 @@ def test_agreement_counts_the_pairs_that_the_second_side_decides():
     assert rank_agreement([*a[:2], Interval(0.5, None, None, 1, None)], b).low is None
     with pytest.raises(ValueError, match="same two or more"):
         rank_agreement(a, b[:2])
+
+
+# times
+
+
+def test_median_interval_golden():
+    interval = median_interval([1.0, 2.0, 4.0])
+    half = 4.302653 * np.log(2) * np.sqrt(np.pi / 6)
+    assert (interval.value, interval.n, interval.sd) == (2.0, 3, pytest.approx(np.std([1, 2, 4], ddof=1)))
+    assert np.log([interval.low, interval.high]) == pytest.approx([np.log(2) - half, np.log(2) + half], rel=1e-6)
+    assert median_interval([0.3]) == Interval(0.3, None, None, 1, None)
+    constant = median_interval([0.1] * 5)
+    assert (constant.low, constant.value, constant.high, constant.sd) == (0.1, 0.1, 0.1, 0)
+
+
+@pytest.mark.parametrize("bad", [[], [0.0, 1.0], [-1.0], [np.nan], [[1.0, 2.0]]])
+def test_median_interval_refuses_what_is_no_time(bad):
+    with pytest.raises(ValueError):
+        median_interval(bad)
+
+
+@given(hnp.arrays(np.float64, st.integers(2, 12), elements=st.floats(1e-6, 1e3)), st.floats(1e-3, 1e3))
+def test_median_interval_has_no_unit(x, scale):
+    a, b = median_interval(x), median_interval(x * scale)
+    assert (b.value, b.low, b.high) == pytest.approx((a.value * scale, a.low * scale, a.high * scale), rel=1e-6)
+    assert a.low <= a.value <= a.high
+
+
+@pytest.mark.parametrize("n", [3, 5, 10])
+@pytest.mark.parametrize("level", [0.95, 0.99])
+def test_median_interval_covers_at_its_level_and_the_next_run(n, level):
+    times = np.exp(0.1 * np.random.default_rng(n).standard_normal((1500, 2, n)))
+    found = [(median_interval(first, level=level), np.median(second)) for first, second in times]
+    assert np.mean([i.low <= 1 <= i.high for i, _ in found]) >= level - 0.015
+    if level == 0.99:
+        assert np.mean([i.low <= second <= i.high for i, second in found]) >= 0.9
+
+
+def test_ratio_adds_the_half_widths_of_the_logs_in_quadrature():
+    found = ratio(Interval(6.0, 3.0, 12.0, 5, None), Interval(2.0, 1.0, 4.0, 3, None))
+    spread = np.exp(np.hypot(np.log(2), np.log(2)))
+    assert (found.value, found.low, found.high) == pytest.approx((3.0, 3 / spread, 3 * spread))
+    assert found.n == 3
+    assert ratio(Interval(6.0, None, None, 1, None), Interval(2.0, 1.0, 4.0, 3, None)).low is None
+    with pytest.raises(ValueError):
+        ratio(Interval(0.0, None, None, 1, None), Interval(2.0, 1.0, 4.0, 3, None))
+
+
+def test_pairing_by_process_cancels_what_slows_a_process_down():
+    rng = np.random.default_rng(3)
+    slow = np.exp(0.2 * rng.standard_normal((400, 5)))
+    noise = np.exp(0.01 * rng.standard_normal((400, 2, 5)))
+    pairs = [(1.5 * s * e[0], s * e[1]) for s, e in zip(slow, noise, strict=True)]
+    paired = [paired_ratio(a, b) for a, b in pairs]
+    apart = [ratio(median_interval(a), median_interval(b)) for a, b in pairs]
+    assert np.mean([i.low <= 1.5 <= i.high for i in paired]) >= 0.935
+    assert np.median([i.half for i in paired]) < np.median([i.half for i in apart]) / 10
+    with pytest.raises(ValueError, match="same processes"):
+        paired_ratio([1.0, 2.0], [1.0])
+
+
+def test_unpaired_ratios_of_independent_processes_cover():
+    times = np.exp(0.1 * np.random.default_rng(4).standard_normal((1500, 2, 5)))
+    found = [ratio(median_interval(a), median_interval(b)) for a, b in times]
+    assert np.mean([i.low <= 1 <= i.high for i in found]) >= 0.935
+
+
+def test_power_law_is_least_squares_on_logs():
+    x = np.array([1.0, 2.0, 4.0, 8.0])
+    y = np.array([3.0, 5.0, 13.0, 21.0])
+    found, line = power_law(x, y), reference.linregress(np.log(x), np.log(y))
+    half = reference.t.ppf(0.975, 2) * line.stderr
+    assert (found.exponent.value, found.exponent.half) == pytest.approx((line.slope, half))
+    assert found.factor == pytest.approx(np.exp(line.intercept))
+    assert found.worst == pytest.approx(np.exp(np.abs(np.log(y) - line.intercept - line.slope * np.log(x)).max()))
+    exact = power_law(x, 0.5 * x**0.75)
+    assert (exact.exponent.value, exact.factor, exact.worst) == pytest.approx((0.75, 0.5, 1.0))
+    assert exact.exponent.half == pytest.approx(0, abs=1e-9)
+    assert power_law([1, 2], [1, 4]).exponent == Interval(2.0, None, None, 1, None)
+
+
+def test_the_interval_of_an_exponent_is_over_processes():
+    x, rng = np.array([1.0, 2.0, 4.0, 8.0]), np.random.default_rng(5)
+    drift = np.exp(0.2 * rng.standard_normal((800, 5, 1)))  # of a whole process: no matter to the exponent
+    times = drift * (0.1 + x) * np.exp(0.02 * rng.standard_normal((800, 5, 4)))  # bent by a fixed cost
+    found = [power_law(x, y) for y in times]
+    truth = power_law(x, 0.1 + x).exponent.value
+    assert np.mean([f.exponent.low <= truth <= f.exponent.high for f in found]) >= 0.93
+    assert np.median([f.exponent.half for f in found]) < 0.03
+
+
+@pytest.mark.parametrize(("x", "y"), [([1, 1], [1, 2]), ([1, 2], [1, 2, 3]), ([1, 2], [0, 1]), ([-1, 2], [1, 1])])
+def test_a_power_law_refuses_what_has_none(x, y):
+    with pytest.raises(ValueError):
+        power_law(x, y)

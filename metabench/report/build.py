@@ -8,6 +8,7 @@ from dataclasses import replace
 import pandas as pd
 
 from metabench.errors import ConfigError, did_you_mean
+from metabench.report import kernels
 from metabench.report.methods import TASK, Method, count, difference, first, methods
 from metabench.report.model import Block, Mark, Row, RunData, Table
 from metabench.report.published import Published, published
@@ -24,10 +25,12 @@ def tables(data: RunData, reference: str | None = None) -> list[Table]:
 
     A task is (dataset with its parameters, split, ways, shots, queries, rotations, device, precision). `reference` is
     an algorithm's name or a row's own label; without one it is the suite's own, and where that has no result the first
-    method that is no control. Raises ConfigError where a reference asked for is in no table.
+    method that is no control. Rows of kernels stand in tables of their own (`kernels.kernel_report`). Raises
+    ConfigError where a reference asked for is in no table of either kind.
     """
+    seen = kernels.names(data) if reference is not None else set()
+    data = kernels.ordinary(data)
     made: list[Table] = []
-    seen: set[str] = set()
     for _, rows in _with_data(data.rows).groupby(list(TASK), sort=False, dropna=False):
         for measure in _measures(rows):
             found = methods(rows, measure, data)

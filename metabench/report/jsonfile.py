@@ -1,4 +1,7 @@
-"""The tables as JSON, for a program to read: every field of `model.Table`, intervals as objects, null for nothing."""
+"""The tables as JSON, for a program to read: every field of `model.Table` and `model.KernelReport`.
+
+Intervals are objects, null stands for nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,36 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from metabench.report.model import Table
+from metabench.report.model import KernelCell, KernelReport, KernelTable, Table
 
 SCHEMA_VERSION = 1
 
 
-def render(tables: Sequence[Table]) -> str:
-    """{"schema_version": 1, "tables": [...]}, indented, with a final line end."""
-    content = {"schema_version": SCHEMA_VERSION, "tables": [_plain(_table(table)) for table in tables]}
+def render(tables: Sequence[Table], kernels: KernelReport) -> str:
+    """{"schema_version": 1, "tables": [...], "kernels": {"tables": [...], "footer": [...]}}, with a final line end."""
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "tables": [_plain(_table(table)) for table in tables],
+        "kernels": {
+            "tables": [_plain(_kernels(table)) for table in kernels.tables],
+            "footer": list(kernels.footer),
+        },
+    }
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _table(table: Table) -> dict[str, Any]:
     details = [{"method": method, "measure": measure, "value": value} for method, measure, value in table.details]
     return {**asdict(table), "protocol": dict(table.protocol), "details": details, "notes": dict(table.notes)}
+
+
+def _kernels(table: KernelTable) -> dict[str, Any]:
+    rows = [{**asdict(row), "cells": [_cell(cell) for cell in row.cells]} for row in table.rows]
+    return {**asdict(table), "rows": rows, "protocol": dict(table.protocol), "notes": dict(table.notes)}
+
+
+def _cell(cell: KernelCell) -> dict[str, Any]:
+    return {**asdict(cell), "missing": dict(cell.missing)}
 
 
 def _plain(value: Any) -> Any:

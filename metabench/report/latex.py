@@ -7,21 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from metabench.report import wording
-from metabench.report.model import Row, Table
+from metabench.report import grids, wording
+from metabench.report.grids import Grid, Lines
+from metabench.report.model import KernelReport, KernelTable, Row, Table
 
 SPECIAL = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", "·": r"$\cdot$", "±": r"$\pm$", "\n": " ", "[": "{[}",
+    "|": r"\textbar{}", "·": r"$\cdot$", "±": r"$\pm$", "\n": " ", "[": "{[}", "×": r"$\times$", "–": "--",
 }  # fmt: skip
 
 
-def render(tables: Sequence[Table]) -> str:
-    """One table environment per task, ready to be input."""
-    if not tables:
+def render(tables: Sequence[Table], kernels: KernelReport) -> str:
+    """One table environment per task (and call, for kernels), ready to be input."""
+    if not tables and not kernels.tables:
         return "% No results.\n"
-    return "\n\n".join(_table(table) for table in tables) + "\n"
+    return "\n\n".join([*map(_table, tables), *(_kernels(table, kernels) for table in kernels.tables)]) + "\n"
 
 
 def escape(text: str) -> str:
@@ -52,6 +53,35 @@ def _grid(table: Table, known: dict[int, str]) -> list[str]:
         lines += [r"\midrule", *([title] if len(table.blocks) > 1 else [])]
         lines += [_line([row[i] for i in used]) for row in rows]
     return [*lines, r"\bottomrule", r"\end{tabular}"]
+
+
+def _kernels(table: KernelTable, report: KernelReport) -> str:
+    facts = ", ".join(f"{name} {value}" for name, value in grids.protocol(table))
+    said = [*grids.legend(report), *report.footer]
+    return "\n".join([
+        r"\begin{table}", r"\centering", r"\begin{threeparttable}",
+        rf"\caption{{{escape(f'{table.title}: {facts}')}.}}",
+        *(line for grid in grids.grids(table, bounds=False) for line in _text_grid(grid)),
+        r"\begin{tablenotes}\footnotesize",
+        *(rf"\item[{key}] {escape(text)}" for key, text in table.notes),
+        *(rf"\item {escape(text)}" for text in said),
+        r"\end{tablenotes}", r"\end{threeparttable}", r"\end{table}",
+    ])  # fmt: skip
+
+
+def _text_grid(grid: Grid) -> list[str]:
+    heads = [_line([_stacked(tuple(text for text in head if text)) for head in grid.heads])]
+    rows = [_line([_stacked(cell) for cell in row]) for row in grid.rows]
+    columns = "l" * grid.labels + "r" * (len(grid.heads) - grid.labels)
+    begin = rf"\begin{{tabular}}{{{columns}}}"
+    return [begin, r"\toprule", *heads, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", ""]
+
+
+def _stacked(lines: Lines) -> str:
+    if len(lines) == 1:
+        return escape(lines[0])
+    inside = r" \\ ".join(map(escape, lines))
+    return rf"\shortstack[r]{{{inside}}}"
 
 
 def _heads(table: Table) -> list[str]:

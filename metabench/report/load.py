@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -30,7 +32,12 @@ def load(paths: Sequence[Path]) -> RunData:
                 found[key] = (run, current[key], row)  # a failure never hides an earlier result
     episodes: list[dict[str, Any]] = []
     by_class: list[dict[str, Any]] = []
+    facts: list[dict[str, Any]] = []
+    timings: list[dict[str, Any]] = []
+    processes = {run.path: _processes(run) for run in runs}
     for run, measurement, row in found.values():
+        facts.append({**run.manifest["cells"][row["cell"]], **measurement.facts, **_key(row)})
+        timings += ({**_key(row), **one} for one in _timings(processes[run.path], measurement))
         where = {"cell": row["cell"], "seed": row["seed"], "measure": row["measure"]}
         episodes += ({**where, **score} for score in _scores(run, measurement))
         by_class += ({**where, **credit} for credit in _credit(run, measurement))
@@ -38,10 +45,48 @@ def load(paths: Sequence[Path]) -> RunData:
         [row for _, _, row in found.values()],
         episodes,
         by_class,
+        facts=facts,
+        timings=timings,
         manifest=runs[-1].manifest if runs else {},
         environment={name: facts for run in runs for name, facts in run.environments().items()},
         controls={name for run in runs for name in run.manifest["controls"]},
+        families={name: family for run in runs for name, family in run.manifest.get("families", {}).items()},
     )
+
+
+def _key(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"cell": row["cell"], "measure": row["measure"]}
+
+
+def _processes(run: Run) -> dict[Key, dict[int, dict[str, float]]]:
+    """Per row and process the median of the raw timings and when they were taken; of equal processes the last."""
+    file = run.path / "samples.jsonl"
+    found: dict[Key, dict[int, dict[str, float]]] = {}
+    if not file.is_file():
+        return found
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n") or b'"process":' not in line:
+                continue  # torn by a kill, or episodes
+            try:
+                one = json.loads(line)
+                if one["seconds"]:
+                    summary = {"seconds": statistics.median(one["seconds"]), "begin": min(one["at"])}
+                    kept = found.setdefault((one["cell"], one["measure"]), {})
+                    kept[one["process"]] = {**summary, "end": max(one["at"])}
+            except (ValueError, KeyError, TypeError) as error:
+                raise StoreError(f"{file}:{number}: damaged ({error!r}); delete that line to go on") from error
+    return found
+
+
+def _timings(processes: Mapping[Key, Mapping[int, Mapping[str, float]]], m: Measurement) -> Iterator[dict[str, Any]]:
+    """A row's processes, where they are the ones that its value was made of: an earlier, stale row's are not."""
+    mine = processes.get(m.key, {})
+    if m.value is None or len(mine) != m.n:
+        return
+    median = statistics.median(one["seconds"] for one in mine.values())
+    if abs(median - m.value) <= 1e-6 * m.value:
+        yield from ({"process": process, **one} for process, one in mine.items())
 
 
 def _scores(run: Run, measurement: Measurement) -> Iterator[dict[str, Any]]:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from metabench.report import wording
-from metabench.report.model import Row, Table
+from metabench.report import grids, wording
+from metabench.report.grids import Grid
+from metabench.report.model import KernelReport, KernelTable, Row, Table
 from metabench.stats import Interval
 
 
-def render(tables: Sequence[Table]) -> str:
-    """All tables, each under its own heading, and the legend."""
-    if not tables:
+def render(tables: Sequence[Table], kernels: KernelReport) -> str:
+    """All tables, each under its own heading, each kind with its legend."""
+    if not tables and not kernels.tables:
         return "No results.\n"
-    legend = escape(" ".join(wording.legend(list(tables))))
-    return "\n\n".join([*(_table(table) for table in tables), *([legend] if legend else [])]) + "\n"
+    legends = [escape(" ".join(said)) for said in (wording.legend(list(tables)), grids.legend(kernels))]
+    footer = "\n".join(f"- {escape(text)}" for text in kernels.footer)
+    parts = [*map(_table, tables), legends[0], *map(_kernels, kernels.tables), footer, legends[1]]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def escape(text: str) -> str:
@@ -43,6 +46,21 @@ def _grid(table: Table, known: dict[int, str]) -> list[str]:
         lines += [_line([f"*{escape(block.title)}*", *[""] * (len(used) - 1)])] if len(table.blocks) > 1 else []
         lines += [_line([row[i] for i in used]) for row in rows]
     return lines
+
+
+def _kernels(table: KernelTable) -> str:
+    facts = " · ".join(f"{escape(name)} {escape(value)}" for name, value in grids.protocol(table))
+    parts = ["\n".join(_text_grid(grid)) for grid in grids.grids(table, bounds=True)]
+    notes = "\n".join(f"- {key}: {escape(text)}" for key, text in table.notes)
+    return "\n\n".join(part for part in [f"### {escape(table.title)}", facts, *parts, notes] if part)
+
+
+def _text_grid(grid: Grid) -> list[str]:
+    lines = [
+        _line([escape(" ".join(head).strip()) for head in grid.heads]),
+        _line([":--"] * grid.labels + ["--:"] * (len(grid.heads) - grid.labels)),
+    ]
+    return lines + [_line(["<br>".join(escape(text) for text in cell) for cell in row]) for row in grid.rows]
 
 
 def _heads(table: Table) -> list[str]:

@@ -16,6 +16,13 @@ from metabench.store import COLUMNS
 RESULT_COLUMNS = COLUMNS
 EPISODE_COLUMNS = ("cell", "seed", "measure", "episode", "hash", "score")
 CLASS_COLUMNS = ("cell", "seed", "measure", "class", "queries", "credit")
+FACT_COLUMNS = (
+    "cell", "measure", "steps", "threads_asked", "allocator", "layout", "compile", "images", "iqr", "intercept",
+    "strategy", "device_seconds",
+)  # fmt: skip
+TIMING_COLUMNS = ("cell", "measure", "process", "seconds", "begin", "end")
+KERNELS = ("adapt", "inner_step", "predict", "embed", "meta_step", "episode")  # in the order shown
+COUNTS = ("flops", "bytes", "memory", "nodes", "launches")
 CONTROLS = frozenset({"chance", "pixel-nn", "untrained", "oracle"})
 NEEDED = ("cell", "algorithm", "dataset", "measure", "status")
 
@@ -30,16 +37,21 @@ class RunData:
     `rows` holds RESULT_COLUMNS, one row per cell and measure. `episodes` holds EPISODE_COLUMNS, one row per cell,
     measure and test episode; `hash` is the episode's content hash, which pairs methods and seeds. `by_class` holds
     CLASS_COLUMNS, per cell, measure and class the number of queries and the sum of their credit (1 for a right
-    answer). Without the last two the report has fewer columns. `controls` names the algorithms shown apart.
-    Make it with `RunData.of`.
+    answer). Without the last two the report has fewer columns. `facts` holds FACT_COLUMNS, what results.csv has no
+    column for: the call that was timed, and what only the worker knew. `timings` holds TIMING_COLUMNS, per timed row
+    and process the median of its samples and when they were taken. `controls` names the algorithms shown apart,
+    `families` the family of each algorithm (metric, optimisation ...). Make it with `RunData.of`.
     """
 
     rows: pd.DataFrame
     episodes: pd.DataFrame
     by_class: pd.DataFrame
+    facts: pd.DataFrame
+    timings: pd.DataFrame
     manifest: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     controls: frozenset[str] = CONTROLS
+    families: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -48,9 +60,12 @@ class RunData:
         episodes: Frame | None = None,
         by_class: Frame | None = None,
         *,
+        facts: Frame | None = None,
+        timings: Frame | None = None,
         manifest: Mapping[str, Any] | None = None,
         environment: Mapping[str, Any] | None = None,
         controls: Iterable[str] = CONTROLS,
+        families: Mapping[str, str] | None = None,
     ) -> RunData:
         """Build from frames or lists of dicts; absent columns become empty, the last of equal row keys wins.
 
@@ -60,9 +75,12 @@ class RunData:
             _latest(_frame(rows, RESULT_COLUMNS, NEEDED), ["cell", "measure"]),
             _latest(_frame(episodes, EPISODE_COLUMNS, EPISODE_COLUMNS), ["cell", "measure", "episode", "hash"]),
             _latest(_frame(by_class, CLASS_COLUMNS, CLASS_COLUMNS), ["cell", "measure", "class"]),
+            _latest(_frame(facts, FACT_COLUMNS, FACT_COLUMNS[:2]), ["cell", "measure"]),
+            _latest(_frame(timings, TIMING_COLUMNS, TIMING_COLUMNS), ["cell", "measure", "process"]),
             manifest or {},
             environment or {},
             frozenset(controls),
+            families or {},
         )
 
 
@@ -128,6 +146,70 @@ class Table:
     def rows(self) -> tuple[Row, ...]:
         """All rows, in the order shown."""
         return tuple(row for block in self.blocks for row in block.rows)
+
+
+@dataclass(frozen=True)
+class KernelCell:
+    """What one row measured of one kernel; None wherever there is nothing.
+
+    `time` is in seconds per call (inner_step: per inner step), its interval over processes; `ratio` is to the
+    reference's, `paired` where both were timed in the same processes. `counts` holds what was counted, by COUNTS:
+    operations, bytes moved, peak bytes of memory, autograd nodes, kernel launches. `rate` is operations per second,
+    `share` the part of the machine's roof that the time amounts to, `bound` which of the roofs is the nearer
+    (compute, memory; empty where only one is known). `missing` are pairs of an aspect without a value (time, or one of
+    COUNTS) and the key of the note with the reason.
+    """
+
+    kernel: str
+    time: Interval | None = None
+    ratio: Interval | None = None
+    paired: bool = False
+    intercept: float | None = None
+    counts: Mapping[str, float] = field(default_factory=dict)
+    rate: float | None = None
+    share: float | None = None
+    bound: str = ""
+    missing: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One method in a table of kernels; `cells` has one entry for each kernel that it has rows of."""
+
+    method: str
+    algorithm: str
+    backbone: str
+    control: bool
+    is_reference: bool
+    cells: tuple[KernelCell, ...]
+
+    def cell(self, kernel: str) -> KernelCell | None:
+        """Its entry for a kernel, or None."""
+        return next((cell for cell in self.cells if cell.kernel == kernel), None)
+
+
+@dataclass(frozen=True)
+class KernelTable:
+    """One task and one call: which `kernels` were timed, which of COUNTS were counted, and a row for each method.
+
+    `reference` is the method that ratios are taken to; `notes` as in `Table`.
+    """
+
+    title: str
+    protocol: tuple[tuple[str, str], ...]
+    kernels: tuple[str, ...]
+    counts: tuple[str, ...]
+    rows: tuple[KernelRow, ...]
+    reference: str | None = None
+    notes: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """All tables of kernels, and the sentences that hold for all: machines, control rows, warnings with a remedy."""
+
+    tables: tuple[KernelTable, ...] = ()
+    footer: tuple[str, ...] = ()
 
 
 def _frame(given: Frame | None, columns: tuple[str, ...], needed: tuple[str, ...]) -> pd.DataFrame:

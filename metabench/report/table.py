@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,13 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.text import Text
 
-from metabench.report import wording
-from metabench.report.model import Row, Table
+from metabench.report import grids, wording
+from metabench.report.grids import Grid
+from metabench.report.model import KernelReport, KernelTable, Row, Table
 
 GAP = "  "
 NARROWEST_METHOD = 12
+WIDEST_METHOD = 20  # of a table of kernels; a longer name takes several lines
 
 
 @dataclass(frozen=True)
@@ -24,26 +27,31 @@ class Column:
     cell: Callable[[Row], str]
 
 
-def show(tables: Sequence[Table], console: Console) -> None:
+def show(tables: Sequence[Table], kernels: KernelReport, console: Console) -> None:
     """Print the tables as wide as `console` is; colour and NO_COLOR are rich's business."""
-    for line in lines(tables, console.width):
+    for line in lines(tables, kernels, console.width):
         console.print(line, no_wrap=True, overflow="ignore", crop=False)
 
 
-def render(tables: Sequence[Table], width: int = 80) -> str:
+def render(tables: Sequence[Table], kernels: KernelReport, width: int = 80) -> str:
     """The tables as plain text of at most `width` columns."""
-    return "\n".join(line.plain.rstrip() for line in lines(tables, width)) + "\n"
+    return "\n".join(line.plain.rstrip() for line in lines(tables, kernels, width)) + "\n"
 
 
-def lines(tables: Sequence[Table], width: int) -> list[Text]:
-    """The tables as styled lines, followed by one legend for all."""
-    if not tables:
+def lines(tables: Sequence[Table], kernels: KernelReport, width: int) -> list[Text]:
+    """The tables as styled lines, each kind followed by one legend for all of it."""
+    if not tables and not kernels.tables:
         return [Text("No results.")]
     out: list[Text] = []
     for table in tables:
         body = _body(table, width)
         out += [*_head(table, width), *body, *_below(table, width), *_failures(table, body, width), Text("")]
-    return out + [line for text in wording.legend(list(tables)) for line in _wrapped(text, width, style="dim")]
+    out += [line for text in wording.legend(list(tables)) for line in _wrapped(text, width, style="dim")]
+    out += [Text("")] if tables and kernels.tables else []
+    for one in kernels.tables:
+        out += [*_kernels(one, width), Text("")]
+    out += [line for text in kernels.footer for line in _wrapped(text, width)]
+    return out + [line for text in grids.legend(kernels) for line in _wrapped(text, width, style="dim")]
 
 
 def _head(table: Table, width: int) -> list[Text]:
@@ -61,6 +69,75 @@ def _below(table: Table, width: int) -> list[Text]:
     if other:
         said = "; ".join(f"{name}: {how}" for name, how in reversed(other.items()))
         out += _wrapped(f"~ Published under another protocol. {said}.", width)
+    return out
+
+
+def _kernels(table: KernelTable, width: int) -> list[Text]:
+    facts = " · ".join(f"{name} {value}" for name, value in grids.protocol(table))
+    out = [Text(table.title, style="bold cyan"), *_wrapped(facts, width, style="dim")]
+    for grid in grids.grids(table, bounds=False):
+        for panel in _panels(grid, width):
+            out += _panel(panel, width)
+    return out + [line for key, text in table.notes for line in _wrapped(f"{key}  {text}", width, indent=3)]
+
+
+def _widths(grid: Grid) -> list[int]:
+    """The width of each column; the first, the method, folds at WIDEST_METHOD."""
+    columns = [[*head, *(text for row in grid.rows for text in row[i])] for i, head in enumerate(grid.heads)]
+    widest = [max(len(text) for text in column) for column in columns]
+    return [min(widest[0], WIDEST_METHOD), *widest[1:]]
+
+
+def _panels(grid: Grid, width: int) -> list[Grid]:
+    """The grid cut into grids of as many columns as fit `width`, each with the columns that name the row."""
+    widths, labels = _widths(grid), list(range(grid.labels))
+    room = width - sum(widths[i] for i in labels) - len(GAP) * (grid.labels - 1)
+    cuts: list[list[int]] = [[]]
+    for i in range(grid.labels, len(widths)):
+        if cuts[-1] and sum(len(GAP) + widths[j] for j in [*cuts[-1], i]) > room:
+            cuts.append([])
+        cuts[-1].append(i)
+    return [_only(grid, labels + cut) for cut in cuts]
+
+
+def _only(grid: Grid, columns: Sequence[int]) -> Grid:
+    """Those columns, and the rows that have anything in them."""
+    rows = [tuple(row[i] for i in columns) for row in grid.rows]
+    filled = [row for row in rows if any(any(cell) for cell in row[grid.labels :])]
+    return Grid(tuple(grid.heads[i] for i in columns), tuple(filled), grid.labels, grid.dim)
+
+
+def _panel(grid: Grid, width: int) -> list[Text]:
+    widths = _widths(grid)
+    total = min(width, sum(widths) + len(GAP) * (len(widths) - 1))
+    heads = [[head[i] for head in grid.heads] for i in (0, 1)]
+    out = [Text(_aligned(head, widths, grid.labels), style="bold") for head in heads if any(head)]
+    out.append(Text("─" * total, style="dim"))
+    for row in grid.rows:
+        cells = [tuple(_folded(row[0][0], widths[0])), *row[1:]]
+        for i in range(max(len(cell) for cell in cells)):
+            texts = [cell[i] if i < len(cell) else "" for cell in cells]
+            out.append(Text(_aligned(texts, widths, grid.labels), style="dim" if i and grid.dim else ""))
+    return [*out, Text("─" * total, style="dim")]
+
+
+def _aligned(texts: Sequence[str], widths: Sequence[int], labels: int) -> str:
+    sides = ("<" if i < labels else ">" for i in range(len(texts)))
+    return GAP.join(f"{text:{side}{size}}" for text, side, size in zip(texts, sides, widths, strict=True))
+
+
+def _folded(name: str, width: int) -> list[str]:
+    """A method's name on lines of at most `width`, broken after commas where that does it."""
+    out = [""]
+    for piece in re.findall(r"[^,\[]*[,\[]?", name):
+        room = width - (len(out) > 1)
+        if out[-1] and len(out[-1].strip()) + len(piece) > room:
+            out.append("")
+        text = out[-1] + piece if out[-1] else " " * (len(out) > 1) + piece
+        while len(text) > width:
+            out[-1], text = text[:width], " " + text[width:]
+            out.append("")
+        out[-1] = text
     return out
 
 

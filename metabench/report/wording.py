@@ -35,10 +35,44 @@ def duration(seconds: float | None, digits: int = 3) -> str:
     """A time with so many digits, in the unit that suits it: 850 us, 12.3 ms, 34.0 s, 12.0 min, 2.10 h."""
     if seconds is None:
         return ""
-    for limit, scale, unit in ((1e-3, 1e6, "us"), (1.0, 1e3, "ms"), (120.0, 1.0, "s"), (7200.0, 1 / 60, "min")):
-        if abs(seconds) < limit:
-            return f"{_digits(seconds * scale, digits)} {unit}"
-    return f"{_digits(seconds / 3600, digits)} h"
+    scale, unit = _time_unit(seconds)
+    return f"{_digits(seconds * scale, digits)} {unit}"
+
+
+def timing(time: Interval, *, bounds: bool) -> str:
+    """A time with its interval in the unit that suits it: '12.3 ±0.4 ms', or '12.3 [11.9, 12.7] ms' with `bounds`."""
+    scale, unit = _time_unit(time.value)
+    low, high = (None if bound is None else bound * scale for bound in (time.low, time.high))
+    scaled = Interval(time.value * scale, low, high, time.n, None)
+    return f"{margin(scaled.value, scaled, bounds=bounds)} {unit}"
+
+
+def margin(value: float, interval: Interval, *, bounds: bool) -> str:
+    """A number with three digits and its interval, with one digit more where the interval is that narrow."""
+    if interval.low is None or interval.high is None or interval.half is None:
+        return digits(value)
+    places = len(digits(value).partition(".")[2])
+    places += interval.half < 0.5 * 10**-places
+    if bounds:
+        return f"{value:.{places}f} [{interval.low:.{places}f}, {interval.high:.{places}f}]"
+    if interval.half >= value:
+        return f"{digits(value)} ±>100 %"
+    return f"{value:.{places}f} ±{interval.half:.{places}f}"
+
+
+def amount(value: float) -> str:
+    """A count with three digits and the prefix that suits it: 1.23 G, 45.6 M, 12.3 k, 8120."""
+    for limit, scale, prefix in ((1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= limit:
+            return f"{digits(value / scale)} {prefix}"
+    return f"{value:.0f}"
+
+
+def digits(value: float, count: int = 3) -> str:
+    """A number with so many digits, more for whole numbers that need them: 0.123, 12.3, 1234."""
+    if value and abs(value) < 0.1:
+        return f"{value:.{count}g}"
+    return _digits(value, count)
 
 
 def unit(measure: str) -> str:
@@ -137,9 +171,17 @@ def legend(tables: list[Table]) -> list[str]:
 MARKS = {"best": "*", "here": "+", "": ""}
 
 
+def _time_unit(seconds: float) -> tuple[float, str]:
+    """The factor from seconds to the unit that suits a time, and the unit."""
+    for limit, scale, unit in ((1e-3, 1e6, "us"), (1.0, 1e3, "ms"), (120.0, 1.0, "s"), (7200.0, 1 / 60, "min")):
+        if abs(seconds) < limit:
+            return scale, unit
+    return 1 / 3600, "h"
+
+
 def _digits(value: float, digits: int) -> str:
-    whole = len(f"{abs(value):.0f}") if abs(value) >= 0.5 else 0
-    return f"{value:.{max(0, digits - max(whole, 1))}f}"
+    rounded = f"{abs(value):.{digits - 1}e}"
+    return f"{value:.{max(0, digits - 1 - max(0, int(rounded.partition('e')[2])))}f}"
 
 
 def _capital(text: str) -> str:
