@@ -228,7 +228,7 @@ def _collector_off() -> Iterator[None]:
 @once
 def _larger_than_the_cache() -> Tensor:
     """A buffer of twice the L2 cache, kept: what fills the cache leaves nothing of the call before."""
-    size: int = torch.cuda.get_device_properties().L2_cache_size
+    size: int = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     return torch.empty(2 * size, dtype=torch.uint8, device="cuda")
 
 
