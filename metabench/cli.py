@@ -214,7 +214,7 @@ def _print_plan(suite: Suite, select: str, device: str | None, seeds: Sequence[i
 
 @app.command()
 def ls(
-    what: Annotated[str, typer.Argument(help="algorithms, datasets, backbones, suites, or all.")] = "all",
+    what: Annotated[str, typer.Argument(help="algorithms, datasets, backbones, kernels, suites, or all.")] = "all",
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """List what there is, one line each, with the paper."""

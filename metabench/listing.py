@@ -10,12 +10,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from metabench.catalogue import catalogue
+from metabench.cells import KERNELS
 from metabench.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from metabench.datasets.files import DataStatus
 
-KINDS = ("algorithms", "datasets", "backbones", "suites")
+KINDS = ("algorithms", "datasets", "backbones", "kernels", "suites")
 Listing = Mapping[str, Sequence[Mapping[str, str]]]
 
 
@@ -38,6 +39,7 @@ def ls(what: str = "all") -> Listing:
             for p in known.datasets.values()
         ],
         "backbones": lambda: [{"name": k, "summary": v} for k, v in _backbones().items()],
+        "kernels": lambda: [{"name": k, "summary": v} for k, v in KERNELS.items()],
         "suites": _suites,
     }
     return {kind: makers[kind]() for kind in KINDS if what in ("all", kind)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +38,7 @@ class Show:
         self._said: dict[int, float] = {}
         self._first: dict[int, int] = {}
         self._count = self._total = 0
+        self._skipped: collections.Counter[str] = collections.Counter()
         self.run: Run | None = None
 
     def __enter__(self) -> Show:
@@ -45,6 +47,9 @@ class Show:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._bars.stop()
+        for reason, times in self._skipped.items():
+            if times > 1:
+                self._line(f"{times} rows skipped: {reason}", style="dim")
 
     def begin(self, run: Run, rows: int, done: int) -> None:
         """Say where the run is kept and how much of it is there."""
@@ -78,6 +83,10 @@ class Show:
         self._count += 1
         if self._rows is not None:
             self._bars.update(self._rows, completed=self._count)
+        if row.status == "skipped":
+            self._skipped[row.reason] += 1
+            if self._skipped[row.reason] > 1:
+                return  # the first says it; how many there were is said at the end
         good = row.status == "ok"
         said = _value(row) if good else f"{row.status}: {row.reason}"
         style = None if good or row.status == "skipped" else "red"

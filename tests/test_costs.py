@@ -80,7 +80,12 @@ def test_kernels_and_controls_are_interleaved_round_by_round(timed):
         rounds = [[key for _, key in taken[n : n + len(lines)]] for n in range(0, len(taken), len(lines))]
         assert all(set(one) == set(lines) for one in rounds), "each round holds every kernel once"
         assert rounds[0] != rounds[1] or rounds[1] != rounds[2], "each in an order of its own"
-        moments = [at for _, at in sorted((o, a) for line in lines.values() for o, a in zip(line["order"], line["at"], strict=True))]
+        moments = [
+            at
+            for _, at in sorted(
+                (o, a) for line in lines.values() for o, a in zip(line["order"], line["at"], strict=True)
+            )
+        ]
         assert all(a < b for a, b in pairwise(moments)), "the order told is the order taken"
     first, second = ({key[1:]: line["order"] for key, line in timed.lines.items() if key[0] == p} for p in (0, 1))
     assert first != second
@@ -147,7 +152,9 @@ def failing(tmp_path_factory):
         write_learner(folder, name, sabotage)
     suite = cost_suite(folder, "failing", list(FAILING), ["adapt_time", "predict_time", "adapt_flops", "adapt_memory"])
     done = metabench("run", suite, "--out", folder / "out")
-    return done, {(row["algorithm"], row["measure"]): row for row in results(folder / "out" / "failing" / "latest").values()}
+    return done, {
+        (row["algorithm"], row["measure"]): row for row in results(folder / "out" / "failing" / "latest").values()
+    }
 
 
 def test_a_worker_that_dies_costs_one_row_and_the_others_go_on(failing):
