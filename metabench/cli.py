@@ -249,13 +249,18 @@ def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, e.g. results/runs/SUITE/latest.")],
     format: Annotated[str, typer.Option("--format", "-f", help="table, md, csv, json or latex.")] = "table",
     reference: Annotated[str | None, typer.Option(help="The method that differences are taken to.")] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Draw the figures into this folder and print their paths, instead of tables.")
+    ] = None,
 ) -> None:
-    """The comparative tables of one or several runs."""
+    """The comparative tables of one or several runs, or their figures."""
     from metabench.report import render
     from metabench.report.load import load
 
     data = load(runs)
-    if format == "table":
+    if figures is not None:
+        _draw(data, figures)
+    elif format == "table":
         _print_tables(data, reference)
     else:
         _print_text(render(data, format, reference))
@@ -274,6 +279,15 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="For machines.")
     from rich.console import Console
 
     examiner.show(machine, Console(width=_width(), highlight=False, emoji=False))
+
+
+def _draw(data: RunData, folder: Path) -> None:
+    from metabench.report.figures import draw
+
+    paths = draw(data, folder)
+    _print_text("".join(f"{path}\n" for path in paths))
+    if not paths:
+        typer.echo("nothing to draw: no kernel at three values of a coordinate, no scores with costs", err=True)
 
 
 @data_app.command("ls")

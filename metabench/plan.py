@@ -163,6 +163,7 @@ def manifest_of(suite: Suite, rows: Sequence[Row], keep: Run | None) -> dict[str
         "argv": ["metabench", *sys.argv[1:]],
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "controls": sorted(name for name, plugin in suite.catalogue.algorithms.items() if plugin.meta["control"]),
+        "families": {name: plugin.meta["family"] for name, plugin in sorted(suite.catalogue.algorithms.items())},
         "cells": cells,
         "rows": listed,
     }

@@ -31,8 +31,8 @@ def tables(data: RunData, reference: str | None = None) -> list[Table]:
     seen = kernels.names(data) if reference is not None else set()
     data = kernels.ordinary(data)
     made: list[Table] = []
-    for _, rows in _with_data(data.rows).groupby(list(TASK), sort=False, dropna=False):
-        for measure in _measures(rows):
+    for _, rows in with_data(data.rows).groupby(list(TASK), sort=False, dropna=False):
+        for measure in measures(rows):
             found = methods(rows, measure, data)
             seen |= {name for m in found for name in (m.label, m.algorithm)}
             made.append(_table(found, data, _reference(found, data, reference)))
@@ -41,7 +41,7 @@ def tables(data: RunData, reference: str | None = None) -> list[Table]:
     return made
 
 
-def _with_data(rows: pd.DataFrame) -> pd.DataFrame:
+def with_data(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with the data segment of their cell ids, which names the data set's parameters too."""
     return rows.assign(data=rows["cell"].astype(str).str.split("/").str[1])
 
@@ -52,7 +52,7 @@ def _data_parameters(task: pd.Series) -> str:
     return ", ".join(item for item in inside if "=" in item and not item.startswith("rotations="))
 
 
-def _measures(rows: pd.DataFrame) -> list[str]:
+def measures(rows: pd.DataFrame) -> list[str]:
     """The measures that get a table: accuracy or mse, else the last accuracy_at_K, else none ("", times only)."""
     present = set(rows["measure"].dropna())
     main = [name for name in QUALITIES if name in present]

@@ -107,7 +107,7 @@ def _table(rows: pd.DataFrame, data: RunData, reference: str | None) -> KernelTa
 
 def _named(rows: pd.DataFrame) -> list[Named]:
     """The methods of a table in their order, told apart by their parameters, inner steps, norm and seed."""
-    rows = rows.assign(base=[_base(cell) for cell in _segment(rows, 0)])
+    rows = rows.assign(base=[base_label(cell) for cell in rows["cell"]])
     keys = ["base", "steps", "norm", "seed"]
     groups = [group for _, group in rows.groupby(keys, sort=False, dropna=False)]
     found = []
@@ -119,9 +119,9 @@ def _named(rows: pd.DataFrame) -> list[Named]:
     return found
 
 
-def _base(segment: str) -> str:
-    """The algorithm with its parameters, without its training: protonet[backbone=resnet12]."""
-    name, _, inside = segment.partition("[")
+def base_label(cell: str) -> str:
+    """A cell's algorithm with its parameters, without its training: protonet[backbone=resnet12]."""
+    name, _, inside = cell.partition("/")[0].partition("[")
     items = [item for item in inside.rstrip("]").split(",") if item and not item.startswith("train=")]
     return f"{name}[{','.join(items)}]" if items else name
 
