@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -201,8 +200,8 @@ def test_the_plain_network_is_the_backbone(pool: Any, gamma: bool) -> None:
 
 
 @pytest.fixture(scope="module")
-def loaded(known: Catalogue) -> Iterator[Any]:
-    yield known.dataset("glyphs-dataloader").load().build()
+def loaded(known: Catalogue) -> Any:
+    return known.dataset("glyphs-dataloader").load().build()
 
 
 def bind(loaded: Any, *, subset: str = "train", rotations: str = "none", **shape: Any) -> Any:
@@ -259,6 +258,12 @@ def test_loaded_tasks_declare_what_glyphs_declares(known: Catalogue, loaded: Any
 
 
 # --- libraries that are not there -------------------------------------------------------------------------------
+
+
+def test_bytes_and_floats_in_memory_make_the_same_episodes(known: Catalogue, loaded: Any) -> None:
+    floats = known.dataset("glyphs-dataloader").load().build(store="float32")
+    one, other = bind(loaded).episodes(0, 3), bind(floats).episodes(0, 3)
+    assert torch.equal(one.support.x, other.support.x) and torch.equal(one.query.y, other.query.y)
 
 
 @pytest.mark.parametrize("name", [*MAMLS[1:], "protonet-easyfsl"])

@@ -6,10 +6,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from metabench.datasets import glyphs
-from metabench.episodes import Batch, Episode, ImageData, Problem, Rotations, Subset, philox_key
+from metabench.episodes import Batch, Episode, ImageData, ImageTasks, Problem, Rotations, Subset, philox_key
 from metabench.errors import ConfigError
 
 METABENCH = {
@@ -22,7 +22,23 @@ METABENCH = {
     "shape": [1, 28, 28],
 }
 
+Item = tuple[Tensor, int]  # an image (1, H, W) in 0..1, its class number
 Task = tuple[Tensor, Tensor, Tensor, Tensor]  # support images and labels, query images and labels
+
+
+class Images(Dataset[Item]):
+    """Images in memory, one at a time: bytes that become floats when asked for, or `floats` from the start."""
+
+    def __init__(self, images: Tensor, labels: list[int], *, floats: bool) -> None:
+        self.images = images.float() / 255 if floats else images
+        self.labels, self.floats = labels, floats
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Item:
+        image = self.images[index]
+        return image if self.floats else image.float() / 255, self.labels[index]
 
 
 class EpisodicSampler(Sampler[list[int]]):
@@ -53,19 +69,11 @@ class LoadedTasks:
     The queries stand in the order of their labels, as such loaders give them, and there are no ids.
     """
 
-    def __init__(self, data: ImageData, subset: Subset, *, ways: int, shots: int, queries: int, key: int, device: str):
-        self._plain = data.tasks(
-            subset, ways=ways, shots=shots, queries=queries, rotations="none", seed=0, device=device
-        )
-        self.problem: Problem = self._plain.problem
-        self._ways, self._shots, self._key, self._device = ways, shots, key, device
-        self._per_way = shots + queries
-        members = torch.from_numpy(data.images[data.subsets[subset]])
-        # floats ready to use: a loader that converted every image anew would be slower still
-        images = members.flatten(0, 1)[:, None].float() / 255
-        labels = torch.arange(len(members)).repeat_interleave(members.shape[1])
-        self._labels: list[int] = labels.tolist()
-        self._images = TensorDataset(images, labels)
+    def __init__(self, images: Images, plain: ImageTasks, *, shots: int, queries: int, key: int, device: str) -> None:
+        assert plain.problem.ways is not None
+        self.problem: Problem = plain.problem
+        self._images, self._plain, self._key, self._device = images, plain, key, device
+        self._ways, self._shots, self._per_way = plain.problem.ways, shots, shots + queries
         self._stream, self._next = self._from(0), 0
 
     def episodes(self, start: int, tasks: int) -> Episode:
@@ -83,12 +91,12 @@ class LoadedTasks:
         return self._plain.images(start, n)
 
     def _from(self, start: int) -> Iterator[Task]:
-        sampler = EpisodicSampler(self._labels, self._ways, self._per_way, key=self._key, start=start)
+        sampler = EpisodicSampler(self._images.labels, self._ways, self._per_way, key=self._key, start=start)
         # a generator of its own: a loader draws a seed for its workers, and would from the global one
         own = torch.Generator()
         return iter(DataLoader(self._images, batch_sampler=sampler, collate_fn=self._collate, generator=own))
 
-    def _collate(self, items: list[tuple[Tensor, ...]]) -> Task:
+    def _collate(self, items: list[Item]) -> Task:
         """One task of its images, class by class: the position of the class is the label."""
         images = torch.stack([image for image, _ in items])
         images = images.reshape(self._ways, self._per_way, *images.shape[1:])
@@ -102,8 +110,8 @@ class LoadedTasks:
 class Loaded:
     """The data set: what binds a subset and the shape of a task (see `metabench.episodes.Dataset`)."""
 
-    def __init__(self, data: ImageData) -> None:
-        self._data = data
+    def __init__(self, data: ImageData, *, floats: bool) -> None:
+        self._data, self._floats = data, floats
 
     def tasks(
         self,
@@ -123,10 +131,16 @@ class Loaded:
         """
         if rotations != "none" or ways is None:
             raise ConfigError("glyphs-dataloader has tasks of a number of ways, without rotations: use glyphs")
+        plain = self._data.tasks(
+            subset, ways=ways, shots=shots, queries=queries, rotations=rotations, seed=seed, device=device
+        )
+        members = torch.from_numpy(self._data.images[self._data.subsets[subset]])
+        labels = [label for label in range(len(members)) for _ in range(members.shape[1])]
+        images = Images(members.flatten(0, 1)[:, None], labels, floats=self._floats)
         key = philox_key("glyphs-dataloader", subset, ways, shots, queries, seed)
-        return LoadedTasks(self._data, subset, ways=ways, shots=shots, queries=queries, key=key, device=device)
+        return LoadedTasks(images, plain, shots=shots, queries=queries, key=key, device=device)
 
 
-def build(*, split: Literal["alphabets"] = "alphabets") -> Loaded:
-    """The images of `glyphs` in memory, served by a DataLoader."""
-    return Loaded(glyphs.build(split=split))
+def build(*, split: Literal["alphabets"] = "alphabets", store: Literal["uint8", "float32"] = "uint8") -> Loaded:
+    """The images of `glyphs` in memory as bytes, as `glyphs` has them, or as floats; served by a DataLoader."""
+    return Loaded(glyphs.build(split=split), floats=store == "float32")
