@@ -12,7 +12,6 @@ import importlib.util
 import sys
 from abc import abstractmethod
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
@@ -162,12 +161,12 @@ def import_part(name: str, *, fix: str) -> ModuleType:
     if spec is None or not spec.submodule_search_locations:
         raise Unsupported(f"needs {package}: {fix}")
     before = {key: sys.modules.pop(key) for key in list(sys.modules) if _inside(key, package)}
-    folder = Path(next(iter(spec.submodule_search_locations)))
+    folders = list(spec.submodule_search_locations)
     try:
         parents = name.split(".")[:-1]
         for depth in range(1, len(parents) + 1):
             shell = ModuleType(".".join(parents[:depth]))
-            shell.__path__ = [str(folder.joinpath(*parents[1:depth]))]
+            shell.__path__ = ["/".join([folder, *parents[1:depth]]) for folder in folders]
             sys.modules[shell.__name__] = shell
         return importlib.import_module(name)
     except ImportError as error:
