@@ -168,7 +168,9 @@ def _run(
         if show.run is not None:
             _derive(show.run)
         raise
-    _print_tables(_derive(outcome.run))
+    data = _derive(outcome.run)
+    _print_tables(data)
+    _draw_costs(data, outcome.run.path / "figures")
     for row in outcome.bad:
         stderr.print(f"{row.status}: {row.cell} {row.measure}: {row.reason}", style="red", markup=False, soft_wrap=True)
     return outcome
@@ -189,6 +191,17 @@ def _derive(folder: Run) -> RunData:
         with Path(summary).open("a", encoding="utf-8") as file:
             file.write(markdown)
     return data
+
+
+def _draw_costs(data: RunData, folder: Path) -> None:
+    """The figures of a run that measured kernels, beside its files."""
+    from metabench.report import kernel_report
+
+    if kernel_report(data).tables:
+        from metabench.report.figures import draw
+
+        for path in draw(data, folder):
+            typer.echo(f"figure: {path}", err=True)
 
 
 def _print_tables(data: RunData, reference: str | None = None) -> None:

@@ -69,6 +69,7 @@ class KernelRun:
             "tasks": call["tasks"],
             "threads": call["threads_asked"] or 2,
             "iqr": 0.04,
+            "processes": medians.tolist(),
             "backbone": "conv4",
             **facts,
         }
@@ -134,6 +135,8 @@ class KernelRun:
         begin = 100.0 * process
         return {
             "process": process,
+            "hash": "h",
+            "environment": "e1",
             "order": [3, 9, 14],
             "at": [begin, begin + 5, begin + 9],
             "seconds": [0.99 * median, median, 1.02 * median],

@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "environment": NOBODY,
     "store": {"cells"},
     "roofline": NOBODY,
-    "report": {"report", "store", "stats"},
+    "report": {"environment", "report", "roofline", "store", "stats"},
     # the torch half
     "timing": NOBODY,
     "counts": NOBODY,

@@ -12,6 +12,7 @@ import pytest
 from kernel_runs import KernelRun, kernels_run, scaling_run
 from test_report import small
 
+from metabench.environment import Reading, disturbance
 from metabench.errors import ConfigError, StoreError
 from metabench.report import FORMATS, RunData, kernel_report, render, tables, wording
 from metabench.report.load import load
@@ -81,8 +82,8 @@ def test_stale_raw_samples_are_not_taken_for_a_rows_own(tmp_path):
 def test_damaged_raw_samples_are_named(tmp_path):
     path = kernels_run().write(tmp_path)
     with (path / "samples.jsonl").open("a") as file:
-        file.write('{"cell": "a", "measure": "b", "process": 0}\n')
-    with pytest.raises(StoreError, match=r"samples.jsonl:\d+: damaged"):
+        file.write('{"cell": "a", "measure": "b", "process": 0\n')
+    with pytest.raises(StoreError, match=r"samples.jsonl: damaged at byte \d+"):
         load([path])
 
 
@@ -195,9 +196,10 @@ def test_a_wide_spread_names_its_cause_and_the_remedy(tmp_path, environment, wor
 
 
 def test_load_noise_within_processes_and_single_processes_are_said(tmp_path):
-    assert "Another load was present on e1: 3.4" in warnings(
-        kernels_run(environment={"readings": {"load": [3.4, 1, 1]}}), tmp_path
-    )
+    quiet = disturbance(Reading(0, 0, 0, 0, {}, None, 0), Reading(10, 20, 0, 19.5, {}, None, 0))
+    loaded_twice = [{**quiet, "other_load": 0.5}, {**quiet, "other_load": 1.2}, quiet]
+    said = warnings(kernels_run(environment={"disturbances": loaded_twice}), tmp_path)
+    assert "On e1 other processes kept 1.2 of" in said and "kept 0.5" not in said
     run = KernelRun()
     run.time(run.cell("maml"), "adapt", 0.1, iqr=0.4)
     assert "Wide spread within processes (interquartile range above 15 %): maml adapt 40 %" in warnings(run, tmp_path)

@@ -13,6 +13,7 @@ from metabench.errors import ConfigError, did_you_mean
 from metabench.report.machine import footer
 from metabench.report.methods import TASK, count, number
 from metabench.report.model import COUNTS, KERNELS, KernelCell, KernelReport, KernelRow, KernelTable, RunData
+from metabench.roofline import bound
 from metabench.stats import Interval, paired_ratio, ratio
 
 CALL = ("tasks", "threads_asked", "allocator", "layout", "compile")
@@ -31,8 +32,17 @@ def kernel_report(data: RunData, reference: str | None = None) -> KernelReport:
     rows = kernel_rows(data)
     if reference is not None and len(rows) == len(data.rows) > 0 and reference not in (known := names(data)):
         raise ConfigError(f"no row is called {reference!r}{did_you_mean(reference, known)}")
-    tables = [_table(group, data, reference) for _, group in rows.groupby([*TASK, *CALL], sort=False, dropna=False)]
-    return KernelReport(tuple(tables), footer(rows, data))
+    groups = [group for _, group in rows.groupby([*TASK, *CALL], sort=False, dropna=False)]
+    nowhere = [group for group in groups if _reason_of_all(group)]
+    tables = [_table(group, data, reference) for group in groups if not _reason_of_all(group)]
+    said = tuple(f"{_title(group.iloc[0])} on {group.iloc[0]['device']}: {_reason_of_all(group)}." for group in nowhere)
+    return KernelReport(tuple(tables), (*dict.fromkeys(said), *footer(rows, data)))
+
+
+def _reason_of_all(rows: pd.DataFrame) -> str:
+    """Why no row of a table was measured, if they share one reason; a table of dashes says no more."""
+    reasons = set(rows["reason"])
+    return str(reasons.pop()) if (rows["status"] == "skipped").all() and len(reasons) == 1 else ""
 
 
 def names(data: RunData) -> set[str]:
@@ -220,13 +230,10 @@ def _against_roof(cell: KernelCell, row: pd.Series, environments: Mapping[str, A
     roofs = environments.get(str(row["environment"]), {}).get("roofs", {})
     if roofs.get("device", "cpu") != row["device"]:
         return cell
-    known = {"compute": roofs.get(f"{row['precision']}_flops"), "memory": roofs.get("bytes")}
-    amounts = {"compute": cell.counts["flops"], "memory": cell.counts.get("bytes")}
-    least = {name: amount / peak for name, amount in amounts.items() if amount is not None and (peak := known[name])}
-    if not least:
+    if f"{row['precision']}_flops" not in roofs:
         return cell
-    nearer = max(least, key=lambda name: least[name])
-    return replace(cell, share=least[nearer] / seconds, bound=nearer if len(least) == 2 else "")
+    least, limit = bound(cell.counts["flops"], cell.counts.get("bytes", 0.0), roofs, row["precision"])
+    return replace(cell, share=least / seconds, bound=limit if "bytes" in cell.counts else "")
 
 
 def _title(row: pd.Series) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,10 +32,10 @@ def load(paths: Sequence[Path]) -> RunData:
     by_class: list[dict[str, Any]] = []
     facts: list[dict[str, Any]] = []
     timings: list[dict[str, Any]] = []
-    processes = {run.path: _processes(run) for run in runs}
+    slices = {run.path: run.slices() for run in runs}
     for run, measurement, row in found.values():
         facts.append({**run.manifest["cells"][row["cell"]], **measurement.facts, **_key(row)})
-        timings += ({**_key(row), **one} for one in _timings(processes[run.path], measurement))
+        timings += ({**_key(row), **one} for one in _timings(slices[run.path], measurement))
         where = {"cell": row["cell"], "seed": row["seed"], "measure": row["measure"]}
         episodes += ({**where, **score} for score in _scores(run, measurement))
         by_class += ({**where, **credit} for credit in _credit(run, measurement))
@@ -58,35 +56,13 @@ def _key(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"cell": row["cell"], "measure": row["measure"]}
 
 
-def _processes(run: Run) -> dict[Key, dict[int, dict[str, float]]]:
-    """Per row and process the median of the raw timings and when they were taken; of equal processes the last."""
-    file = run.path / "samples.jsonl"
-    found: dict[Key, dict[int, dict[str, float]]] = {}
-    if not file.is_file():
-        return found
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.endswith(b"\n") or b'"process":' not in line:
-                continue  # torn by a kill, or episodes
-            try:
-                one = json.loads(line)
-                if one["seconds"]:
-                    summary = {"seconds": statistics.median(one["seconds"]), "begin": min(one["at"])}
-                    kept = found.setdefault((one["cell"], one["measure"]), {})
-                    kept[one["process"]] = {**summary, "end": max(one["at"])}
-            except (ValueError, KeyError, TypeError) as error:
-                raise StoreError(f"{file}:{number}: damaged ({error!r}); delete that line to go on") from error
-    return found
-
-
-def _timings(processes: Mapping[Key, Mapping[int, Mapping[str, float]]], m: Measurement) -> Iterator[dict[str, Any]]:
-    """A row's processes, where they are the ones that its value was made of: an earlier, stale row's are not."""
-    mine = processes.get(m.key, {})
-    if m.value is None or len(mine) != m.n:
-        return
-    median = statistics.median(one["seconds"] for one in mine.values())
-    if abs(median - m.value) <= 1e-6 * m.value:
-        yield from ({"process": process, **one} for process, one in mine.items())
+def _timings(slices: Mapping[Key, Sequence[Mapping[str, Any]]], m: Measurement) -> Iterator[dict[str, Any]]:
+    """What each process made of a row, and when it was sampled; nothing where raw samples were lost."""
+    seconds = m.facts.get("processes", ())
+    lines = [one for one in slices.get(m.key, ()) if (one["hash"], one["environment"]) == (m.hash, m.environment)]
+    if len(lines) == len(seconds):
+        for line, value in zip(lines, seconds, strict=True):
+            yield {"process": line["process"], "seconds": value, "begin": min(line["at"]), "end": max(line["at"])}
 
 
 def _scores(run: Run, measurement: Measurement) -> Iterator[dict[str, Any]]:

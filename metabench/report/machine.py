@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from metabench.environment import explain
 from metabench.report.model import RunData
 
 BETWEEN = 0.05  # sd over processes / value: from here on a row is called noisy
@@ -64,7 +65,7 @@ def _controls(facts: Mapping[str, Any]) -> Iterator[str]:
 
 def _warnings(times: pd.DataFrame, name: str, facts: Mapping[str, Any]) -> Iterator[str]:
     """Each with its cause and the remedy."""
-    yield from _load(facts, name)
+    yield from _disturbed(facts, name)
     if len(times) and (times["n"].astype(float) <= 1).all():
         yield "One process: no intervals. Measure in five processes to know how far the times can be trusted."
     between = _worst(times, (times["sd"] / times["value"]).astype(float), BETWEEN)
@@ -77,13 +78,12 @@ def _warnings(times: pd.DataFrame, name: str, facts: Mapping[str, Any]) -> Itera
         )
 
 
-def _load(facts: Mapping[str, Any], name: str) -> Iterator[str]:
-    load, cores = (facts.get("readings", {}).get("load") or [0.0])[0], facts.get("cores")
-    if cores and load > cores:
-        yield (
-            f"Another load was present on {name}: {load:g} runnable processes on {cores} cores. Stop the other work, "
-            "or give the worker cores of its own, and measure again."
-        )
+def _disturbed(facts: Mapping[str, Any], name: str) -> Iterator[str]:
+    """What disturbed the timing processes of an environment: one sentence for each kind of thing, of the worst."""
+    moments = sorted(facts.get("disturbances", ()), key=lambda what: -what["other_load"] - what["steal"])
+    said = {tuple(text.split()[:2]): text for what in reversed(moments) for text in explain(what, 0.0)}
+    for text in said.values():
+        yield f"On {name} {text}."
 
 
 def _worst(times: pd.DataFrame, spread: pd.Series, limit: float) -> str:
