@@ -214,10 +214,10 @@ def _print_tables(data: RunData, reference: str | None = None) -> None:
 
 
 def _print_plan(suite: Suite, select: str, device: str | None, seeds: Sequence[int] | None, newest: Run | None) -> None:
-    from metabench import plan
+    from metabench import plan, runner
 
     rows = plan.select_rows(plan.rows_of(plan.override(suite, seeds=seeds, device=device)), select)
-    done = newest.measurements() if newest else {}
+    done = runner.comparable(newest, newest.measurements()) if newest else {}
     lines = [f"{'done' if plan.is_done(row, done) else 'to do':5}  {row.cell.id}  {row.measure}\n" for row in rows]
     _print_text("".join(lines))
     trainings = {row.cell.training_id for row in rows if row.cell.train}

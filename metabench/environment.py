@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -20,6 +21,7 @@ import psutil
 
 PROTOCOL = 1  # of the lines that parent and worker speak
 PACKAGES = ("torch", "numpy", "scipy", "pillow")
+PEERS = ("higher", "torchopt", "easyfsl", "learn2learn")  # named where they are installed
 # Kept arenas: without them glibc maps, faults in and unmaps every large tensor at each step, which is both noise
 # and 20-35 % of the time. Passive OpenMP threads: spinning ones beside other work cost 10 to 200 times.
 KEPT_ARENAS = {
@@ -77,10 +79,18 @@ def stable(worker: Mapping[str, Any], *, allocator: str = "kept") -> dict[str, A
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": _versions(),
         "variables": _variables(allocator),
         **worker,
     }
+
+
+def _versions() -> dict[str, str]:
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    for name in PEERS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def here(fingerprint: Mapping[str, Any]) -> bool:

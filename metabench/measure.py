@@ -218,10 +218,12 @@ def build(job: Job, shop: Workshop, problem: Problem) -> Algorithm:
     """A fresh algorithm with seeded initial parameters, on the job's device and in its precision."""
     torch.manual_seed(philox_key("initialisation", job["seed"]) % 2**63)
     algorithm: Algorithm = shop.load("algorithm", job["algorithm"]).build(problem, **job["params"])
-    for module in algorithm.modules():
-        if isinstance(module, Backbone):
-            module.bf16 = job["precision"] == "bf16"
-            module.channels_last = job.get("layout", "channels_last") == "channels_last"
+    backbones = [module for module in algorithm.modules() if isinstance(module, Backbone)]
+    if job["precision"] == "bf16" and not backbones:
+        raise Unsupported("bf16: it has no backbone of ours whose convolutions could run in bfloat16")
+    for backbone in backbones:
+        backbone.bf16 = job["precision"] == "bf16"
+        backbone.channels_last = job.get("layout", "channels_last") == "channels_last"
     return algorithm.to(job["device"])
 
 

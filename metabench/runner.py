@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from metabench import environment
-from metabench.cells import unsupported
+from metabench.cells import KERNEL_MEASURES, unsupported
 from metabench.costs import Costs
 from metabench.errors import ConfigError, Interrupted, NothingRan, WorkerError
 from metabench.plan import Job, Row, is_done, jobs_of, manifest_of, override, rows_of, select_rows
@@ -90,6 +90,7 @@ def run(
     with folder.writing():
         done = folder.measurements()
         _tell_stale(chosen, done, watch)
+        done = comparable(folder, done, watch)
         partial = seeds is not None or device is not None or extend is not None
         manifest = manifest_of(asked, rows, folder if partial else None)
         _tell_dropped(folder.manifest, manifest, watch)
@@ -118,6 +119,16 @@ def _folder(suite: Suite, out: Path, resume: bool, extend: Path | None, watch: W
     if folder.manifest["suite"] != suite.name:
         raise ConfigError(f"--extend {extend}: a run of suite {folder.manifest['suite']}, not of {suite.name}")
     return folder
+
+
+def comparable(folder: Run, done: Mapping[Key, Measurement], watch: Watch | None = None) -> dict[Key, Measurement]:
+    """The measurements without the times of kernels that another machine took: such times never mix."""
+    places = {name for name, facts in folder.environments().items() if not environment.here(facts)}
+    elsewhere = {key for key, row in done.items() if key[1] in KERNEL_MEASURES and row.environment in places}
+    elsewhere = {key for key in elsewhere if key[1].endswith("_time")}
+    if elsewhere and watch is not None:
+        watch.note(f"{len(elsewhere)} times are measured again: they were taken on another machine or software")
+    return {key: row for key, row in done.items() if key not in elsewhere}
 
 
 def _tell_stale(rows: Iterable[Row], done: Mapping[Key, Measurement], watch: Watch) -> None:

@@ -129,6 +129,19 @@ def test_a_finished_suite_has_nothing_to_do(timed):
     assert lines_of(timed.run) == timed.lines
 
 
+def test_times_of_another_machine_are_taken_again_and_counts_stay(tmp_path):
+    write_learner(tmp_path, "learner")
+    timing = "timing: {processes: 1, slices: 3}\n"
+    suite = cost_suite(tmp_path, "moved", ["learner"], ["adapt_flops", "adapt_time"], timing=timing)
+    metabench("run", suite, "--out", tmp_path / "out")
+    file = tmp_path / "out" / "moved" / "latest" / "environment.json"
+    file.write_text(json.dumps({name: {**facts, "cpu": "Z80"} for name, facts in json.loads(file.read_text()).items()}))
+    plan = metabench("run", suite, "--out", tmp_path / "out", "--plan").stdout.splitlines()
+    assert [line.split()[0] for line in plan] == ["done", "to"]
+    again = metabench("run", suite, "--out", tmp_path / "out")
+    assert again.returncode == 0 and "1 times are measured again" in again.stderr
+
+
 def test_the_time_of_an_inner_step_is_the_slope_over_step_counts():
     seconds = {1: [0.3, 0.31, 0.9], 3: [0.5, 0.51, 0.52], 5: [0.7, 0.71, 0.69]}
     line = {"of": [k for k in seconds for _ in range(3)], "seconds": [s for v in seconds.values() for s in v]}
