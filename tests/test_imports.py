@@ -37,8 +37,9 @@ ALLOWED: dict[str, set[str]] = {
     # the torch half
     "timing": NOBODY,
     "episodes": NOBODY,
-    "backbones": NOBODY,
-    "tasks": {"backbones", "episodes"},
+    "convolution": NOBODY,
+    "backbones": {"convolution"},
+    "tasks": {"convolution"},
     "algorithms": {"algorithms", *TASKS},
     "datasets": {"datasets", "episodes"},
     "scoring": {"algorithms", *TASKS},
