@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metabench.convolution import arrange, batch_norm, convolve, max_pool, unfold
+from metabench.convolution import arrange, batch_norm, convolve, max_pool, patch_moments
 from metabench.errors import ConfigError
 
 Norm = Literal["running", "support", "each", "tasknorm", "layer", "batch"]
@@ -247,22 +247,19 @@ class Conv4(Backbone):
                 var.lerp_(layer[1][0].detach() * (count / (count - 1)), MOMENTUM)
             return y
         gamma, beta = params.get(f"gamma{i}"), params[f"beta{i}"]
-        y = self._convolve(h, weight, bias)[0].permute(0, 3, 1, 2)
+        y = self._convolve(h, weight, bias).squeeze(0).permute(0, 3, 1, 2)
         averages = (mean, var) if self.tracking else (None, None)
         z = F.batch_norm(y, averages[0], averages[1], gamma, beta, True, MOMENTUM, self.eps)
-        return z.permute(0, 2, 3, 1)[None]
+        return z.permute(0, 2, 3, 1).unsqueeze(0)
 
     def _foreseen(self, weight: Tensor, bias: Tensor, h: Tensor, sets: int) -> tuple[Tensor, ...]:
         """Mean and variance (S sets, C) of a convolution's output, from its input's patches alone.
 
         The output is linear in the patches: its variance is w' V w, V their covariance (9 C x 9 C, of few channels).
         """
-        cols = torch.unflatten(unfold(h, stride=self.stride), 1, (sets, -1)).flatten(2, 4)
-        centre = cols.mean(2, keepdim=True)  # (S, sets, 1, 9 C)
-        cols = cols - centre
-        covariance = cols.mT @ cols / cols.shape[2]
+        centre, covariance = patch_moments(h, stride=self.stride, sets=sets)
         rows = weight.permute(0, 1, 3, 4, 2).flatten(2)[:, None]  # (S, 1, O, 9 C)
-        mean = (centre @ rows.mT)[:, :, 0] + bias[:, None]
+        mean = (rows @ centre).squeeze(3) + bias[:, None]
         return mean.flatten(0, 1), (rows @ covariance * rows).sum(-1).flatten(0, 1)
 
     def _statistics(self, params: Params, y: Tensor, i: int) -> tuple[Tensor, ...]:

@@ -75,15 +75,29 @@ def unfold(x: Tensor, *, stride: int) -> Tensor:
     return cols
 
 
+def patch_moments(x: Tensor, *, stride: int, sets: int) -> tuple[Tensor, Tensor]:
+    """Mean (S, sets, 9 C, 1) and covariance (S, sets, 9 C, 9 C) of the 3x3 patches of x (S, sets * n, H, W, C)."""
+    windows = torch.unflatten(_windows(x, stride), 1, (sets, -1))
+    planes = windows.permute(0, 1, 6, 7, 5, 2, 3, 4).flatten(5).flatten(2, 4)  # long runs in memory: a cheap copy
+    mean = planes.mean(3, keepdim=True)
+    planes = planes - mean
+    return mean, planes @ planes.mT / planes.shape[3]
+
+
 def _side_by_side(x: Tensor) -> Tensor:
     """(S, N, H, W, C) -> (N, S * C, H, W)."""
-    rows = x[0] if len(x) == 1 else x.permute(1, 2, 3, 0, 4).flatten(3)
+    rows = x.squeeze(0) if len(x) == 1 else x.permute(1, 2, 3, 0, 4).flatten(3)
     return rows.permute(0, 3, 1, 2)
 
 
 def _split(x: Tensor, tasks: int) -> Tensor:
     """The inverse of `_side_by_side`."""
     return torch.unflatten(x, 1, (tasks, -1)).permute(1, 0, 3, 4, 2)
+
+
+def _windows(x: Tensor, stride: int) -> Tensor:
+    """The 3x3 neighbourhoods of x (S, N, H, W, C) as a view (S, N, h, w, C, 3, 3) of a padded copy."""
+    return F.pad(x, (0, 0, 1, 1, 1, 1)).unfold(2, 3, stride).unfold(3, 3, stride)
 
 
 class _Unfold(torch.autograd.Function):
@@ -93,8 +107,7 @@ class _Unfold(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, stride: int) -> Tensor:
-        windows = F.pad(x, (0, 0, 1, 1, 1, 1)).unfold(2, 3, stride).unfold(3, 3, stride)  # (S, N, h, w, C, 3, 3)
-        return windows.permute(0, 1, 2, 3, 5, 6, 4).flatten(4)
+        return _windows(x, stride).permute(0, 1, 2, 3, 5, 6, 4).flatten(4)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
