@@ -193,7 +193,8 @@ class Conv4(Backbone):
             return self._folded(params, h, i, layer).to(layer[0].dtype), layer
         y = torch.unflatten(self._convolve(h, weight, bias).to(bias.dtype), 1, (sets, -1))  # (S, sets, n, H, W, C)
         if layer is None and plain and not keep:
-            return self._normalised(params, y, i).flatten(1, 2), ()
+            gamma = _own(params, f"gamma{i}") if f"gamma{i}" in params else None
+            return batch_norm(y, gamma, _own(params, f"beta{i}"), self.eps).flatten(1, 2), ()
         if layer is None:
             layer = self._statistics(params, y, i)
         scale, shift = self._affine(params, i, *self._moments(y, layer))
@@ -205,18 +206,6 @@ class Conv4(Backbone):
         scale = torch.rsqrt(layer[1] + self.eps) * gamma
         weight = _own(params, f"conv{i}") * scale[:, :, None, None, None]
         return self._convolve(h, weight, (_own(params, f"bias{i}") - layer[0]) * scale + _own(params, f"beta{i}"))
-
-    def _normalised(self, params: Params, y: Tensor, i: int) -> Tensor:
-        """y (S, sets, n, H, W, C) by its own statistics."""
-        sets = y.shape[1]
-
-        def of_sets(name: str) -> Tensor:
-            value = _own(params, name)
-            return value if len(value) == 1 or sets == 1 else value.repeat_interleave(sets, 0)
-
-        gain = of_sets(f"gamma{i}") if f"gamma{i}" in params else None
-        rows = y.flatten(2, 4).flatten(0, 1)
-        return batch_norm(rows, gain, of_sets(f"beta{i}"), self.eps).reshape(y.shape)
 
     def _convolve(self, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if self.bf16:

@@ -40,12 +40,12 @@ class Execution:
         """fn applied to all tasks: every tensor in args and in the result has the task axis T first."""
         leaves, spec = tree_flatten(args)
         size = 1 if self.strategy == "serial" else self.chunk
+        if leaves[0].shape[0] <= size:
+            return self._run(fn, args)
         parts = [
             self._run(fn, tree_unflatten([leaf[t : t + size] for leaf in leaves], spec))
             for t in range(0, leaves[0].shape[0], size)
         ]
-        if len(parts) == 1:
-            return parts[0]
         flat, shape = zip(*(tree_flatten(part) for part in parts), strict=True)
         return tree_unflatten([torch.cat(column) for column in zip(*flat, strict=True)], shape[0])
 
@@ -87,7 +87,7 @@ def per_task(params: Params, tasks: int) -> Params:
     return {name: value.expand(tasks, *value.shape) for name, value in params.items()}
 
 
-CACHE = 4 * 2**20  # bytes of its widest activations that a chunk may take
+CACHE = 8 * 2**20  # bytes of its widest activations that a chunk may take
 MEMORY = 2**30  # the same on a GPU
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
-from metabench.convolution import batch_norm, convolve, max_pool, unfold, unfolding
+from metabench.convolution import batch_norm, convolve, max_pool, patch_moments, unfolding
 
 
 def made(*shape: int, seed: int = 0) -> Tensor:
@@ -52,30 +52,38 @@ def test_pooling_is_pytorchs(unfolded: bool) -> None:
 
 
 def test_unfolding_ends_with_the_block() -> None:
-    x, weight, bias = made(2, 1, 4, 4, 1), made(2, 1, 1, 3, 3), made(2, 1)
+    x, weight, bias = made(2, 2, 4, 4, 1), made(2, 1, 1, 3, 3), made(2, 1)
     with pytest.raises(ZeroDivisionError), unfolding(True):
         _ = 1 / 0
-    assert "Baddbmm" not in type(convolve(x, weight, bias, stride=1).grad_fn).__name__
+    assert not convolve(x, weight, bias, stride=1).is_contiguous()  # in memory images before tasks: grouped
 
 
-def test_patches_and_their_sum_are_adjoint() -> None:
-    x = made(2, 1, 5, 4, 3)
-    assert unfold(x, stride=2).shape == (2, 1, 3, 2, 27)
-    assert gradcheck(lambda x: unfold(x, stride=2), x) and gradgradcheck(lambda x: unfold(x, stride=2), x)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_moments_of_patches_are_those_of_a_convolutions_output(stride: int) -> None:
+    x, weight = made(2, 6, 5, 4, 2).detach(), made(2, 3, 2, 3, 3, seed=1).detach()
+    mean, covariance = patch_moments(x, stride=stride, sets=2)
+    y = convolve(x, weight, torch.zeros(1, 3, dtype=torch.float64), stride=stride)
+    y = torch.unflatten(y, 1, (2, 3)).flatten(2, 4)  # (S, sets, rows, O)
+    rows = weight.permute(0, 1, 3, 4, 2).flatten(2)[:, None]
+    torch.testing.assert_close((rows @ mean)[..., 0], y.mean(2))
+    torch.testing.assert_close((rows @ covariance * rows).sum(-1), y.var(2, correction=0))
 
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("gained", [False, True])
 def test_batch_norm_is_pytorchs_and_exact_to_the_second_order(shared: bool, gained: bool) -> None:
-    y, shift = made(2, 6, 3), made(1 if shared else 2, 3, seed=1)
+    y, shift = made(2, 2, 3, 2, 1, 3), made(1 if shared else 2, 3, seed=1)
     gain = made(*shift.shape, seed=2) if gained else None
 
     def run(y: Tensor, shift: Tensor, *gain: Tensor) -> Tensor:
         return batch_norm(y, gain[0] if gain else None, shift, 1e-3)
 
     inputs = (y, shift) if gain is None else (y, shift, gain)
-    every = shift.expand(2, 3), (gain if gain is not None else torch.ones(1, 3, dtype=torch.float64)).expand(2, 3)
-    wanted = [F.batch_norm(y[k], None, None, every[1][k], every[0][k], True, 0.0, 1e-3) for k in range(2)]
-    torch.testing.assert_close(run(*inputs), torch.stack(wanted))
+    shifts, gains = (v.expand(2, 3) for v in (shift, torch.ones(1, 3, dtype=torch.float64) if gain is None else gain))
+    for s in range(2):
+        for k in range(2):
+            rows = y[s, k].flatten(0, 2)
+            wanted = F.batch_norm(rows, None, None, gains[s], shifts[s], True, 0.0, 1e-3)
+            torch.testing.assert_close(run(*inputs)[s, k].flatten(0, 2), wanted)
     assert gradcheck(run, inputs)
     assert gradgradcheck(run, inputs)
