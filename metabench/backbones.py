@@ -13,7 +13,6 @@ parameter of every method, `norm`:
 from __future__ import annotations
 
 import math
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Literal
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metabench.convolution import arrange, batch_norm, convolve, max_pool, patch_moments
 from metabench.errors import ConfigError
 
 Norm = Literal["running", "support", "each", "tasknorm", "layer", "batch"]
@@ -29,6 +29,7 @@ Params = Mapping[str, Tensor]
 Stats = tuple[tuple[Tensor, ...], ...]  # per normalisation layer: mean (T, C), variance (T, C) [, blend (T, 1)]
 
 MOMENTUM = 0.1  # of the running averages, PyTorch's default
+FORESEEN = 4  # input channels up to which a layer's statistics are cheaper to foresee from its patches
 
 
 class Backbone(nn.Module, ABC):
@@ -36,14 +37,17 @@ class Backbone(nn.Module, ABC):
 
     Attributes:
         out_dim: the number of features d.
+        widest: the largest number of activations of a layer, for one input.
+        stride: of its convolutions.
         name: its registry name.
         bf16: convolve in bfloat16 (parameters, statistics and gradients of the parameters stay as they are).
         tracking: set by the trainer only; running statistics move only while it is true.
-        vmap_limit: up to so many examples a task, vmap over tasks with weights of their own beats a loop (on a CPU).
+        channels_last: lay activations and weights out with the channels last (faster on CPUs).
     """
 
     out_dim: int
-    vmap_limit: int
+    widest: int
+    stride: int = 1
 
     def __init__(self, norm: Norm) -> None:
         super().__init__()
@@ -51,14 +55,22 @@ class Backbone(nn.Module, ABC):
         self.name = ""
         self.tracking = False
         self.bf16 = False
+        self.channels_last = True
 
     @abstractmethod
     def apply_to(self, params: Params, x: Tensor, stats: Stats | None = None) -> tuple[Tensor, Stats]:
-        """Features (T, n, d) of x (T, n, *shape) and the statistics used; `stats` None: those of each task's x."""
+        """Features (T, n, d) of x (T, n, *shape) and the statistics used; `stats` None: those of each task's x.
+
+        A parameter may have a first axis S, for weights that differ: task t uses number t // (T / S) of them.
+        """
+
+    @abstractmethod
+    def features(self, params: Params, x: Tensor) -> Tensor:
+        """`apply_to` for those who want no statistics, which is cheaper: features (T, n, d) of x (T, n, *shape)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, d) of x (N, *shape): ordinary batch norm when `norm` is running, else x is one task."""
-        return self.apply_to(dict(self.named_parameters()), x[None])[0][0]
+        return self.features(dict(self.named_parameters()), x[None])[0]
 
     def embed_support(self, params: Params, x: Tensor) -> tuple[Tensor, Stats]:
         """Features (T, n, d) of support sets and the statistics their queries need."""
@@ -71,7 +83,7 @@ class Backbone(nn.Module, ABC):
         if self.norm == "running":
             return self._ordinary_features(x)
         if self.norm in ("batch", "layer"):
-            return self.apply_to(params, x)[0]
+            return self.features(params, x)
         if self.norm == "each":
             return self._each(params, x, support)
         return self.apply_to(params, x, stats)[0]
@@ -80,7 +92,7 @@ class Backbone(nn.Module, ABC):
         tasks, queries = x.shape[:2]
         crowd = support[:, None].expand(tasks, queries, *support.shape[1:])
         joint = torch.cat([crowd, x[:, :, None]], dim=2).flatten(0, 1)
-        return self.apply_to(params, joint)[0][:, -1].reshape(tasks, queries, -1)
+        return self.features(params, joint)[:, -1].reshape(tasks, queries, -1)
 
     def _ordinary_features(self, x: Tensor) -> Tensor:
         features: Tensor = self(x.flatten(0, 1))
@@ -116,7 +128,8 @@ class Conv4(Backbone):
         if side < 1:
             raise ConfigError(f"conv4 needs images of at least 16x16 pixels, got {shape[-2]}x{shape[-1]}")
         self.out_dim = filters if average else filters * side * side
-        self.vmap_limit = 10 if pool == "stride" else 0
+        self.stride = 2 if pool == "stride" else 1
+        self.widest = filters * math.ceil(shape[-2] / self.stride) * math.ceil(shape[-1] / self.stride)
 
     def _add_block(self, i: int, channels: int, filters: int, *, gamma: bool, glorot: bool) -> None:
         conv = nn.Conv2d(channels, filters, 3)
@@ -138,82 +151,152 @@ class Conv4(Backbone):
 
     def apply_to(self, params: Params, x: Tensor, stats: Stats | None = None) -> tuple[Tensor, Stats]:
         """See `Backbone.apply_to`; batch norm from primitives, exact to any order of gradient and under vmap."""
-        tasks = x.shape[0]
+        return self._run(params, x, stats, keep=True)
+
+    def features(self, params: Params, x: Tensor) -> Tensor:
+        """See `Backbone.features`; exact to the second order."""
+        return self._run(params, x, None, keep=False)[0]
+
+    def _run(self, params: Params, x: Tensor, stats: Stats | None, *, keep: bool) -> tuple[Tensor, Stats]:
+        weights = _own(params, "conv0").shape[0]
+        sets = x.shape[0] // weights  # of each weight
         used: list[tuple[Tensor, ...]] = []
-        h = x.flatten(0, 1)
+        h = arrange(torch.unflatten(x, 0, (weights, sets)).flatten(1, 2), channels_last=self.channels_last)
         for i in range(4):
-            h = self._convolve(params, h, i).to(x.dtype)
-            layer = self._statistics(params, h, i, tasks) if stats is None else stats[i]
-            h = self._shrink(self._normalise(params, h, i, layer, tasks))
+            h, layer = self._block(params, h, i, sets, None if stats is None else stats[i], keep)
+            h = self._shrink(h)
             used.append(layer)
         return self._flatten(h).reshape(*x.shape[:2], -1), tuple(used)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features (N, d): in running mode through the fused batch norm, batch statistics while training."""
+        """Features (N, d): in running mode batch statistics while training, else the running averages."""
         if self.norm != "running":
             return super().forward(x)
         params = dict(self.named_parameters())
-        # `to`, not `contiguous`: with one channel the latter leaves the strides, and all layers would run the slow way
-        h = x.to(memory_format=torch.channels_last)
+        h = arrange(x[None], channels_last=self.channels_last)
         for i in range(4):
-            h = self._shrink(self._ordinary(params, self._convolve(params, h, i), i))
-        return self._flatten(h).to(x.dtype)
+            h = self._shrink(self._ordinary(params, h, i))
+        return self._flatten(h)[0].to(x.dtype)
 
-    def _convolve(self, params: Params, h: Tensor, i: int) -> Tensor:
-        weight, bias = params[f"conv{i}"], params[f"bias{i}"]
+    def _block(
+        self, params: Params, h: Tensor, i: int, sets: int, layer: tuple[Tensor, ...] | None, keep: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Convolution and normalisation of h (S, N, H, W, C), N images of `sets` sets, and the statistics used.
+
+        Where they come from this batch and nobody wants to keep them, they are ().
+        """
+        weight, bias = _own(params, f"conv{i}"), _own(params, f"bias{i}")
+        plain = self.norm not in ("layer", "tasknorm")
+        if layer is None and plain and i == 0 and weight.shape[2] <= FORESEEN:
+            layer = self._foreseen(weight, bias, h, sets)
+        if layer is not None and plain and sets == 1:
+            return self._folded(params, h, i, layer).to(layer[0].dtype), layer
+        y = torch.unflatten(self._convolve(h, weight, bias).to(bias.dtype), 1, (sets, -1))  # (S, sets, n, H, W, C)
+        if layer is None and plain and not keep:
+            gamma = _own(params, f"gamma{i}") if f"gamma{i}" in params else None
+            return batch_norm(y, gamma, _own(params, f"beta{i}"), self.eps).flatten(1, 2), ()
+        if layer is None:
+            layer = self._statistics(params, y, i)
+        scale, shift = self._affine(params, i, *self._moments(y, layer))
+        return torch.addcmul(shift, y, scale).flatten(1, 2), layer
+
+    def _folded(self, params: Params, h: Tensor, i: int, layer: tuple[Tensor, ...]) -> Tensor:
+        """Convolution and normalisation in one: known statistics go into the weights, which saves passes over y."""
+        gamma = _own(params, f"gamma{i}") if f"gamma{i}" in params else 1.0
+        scale = torch.rsqrt(layer[1] + self.eps) * gamma
+        weight = _own(params, f"conv{i}") * scale[:, :, None, None, None]
+        return self._convolve(h, weight, (_own(params, f"bias{i}") - layer[0]) * scale + _own(params, f"beta{i}"))
+
+    def _convolve(self, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if self.bf16:
             h, weight, bias = h.bfloat16(), weight.bfloat16(), bias.bfloat16()
-        return F.conv2d(h, weight, bias, stride=2 if self.pool == "stride" else 1, padding=1)
+        if not self.channels_last:
+            weight = weight.contiguous()
+        return convolve(h, weight, bias, stride=self.stride)
 
     def _shrink(self, h: Tensor) -> Tensor:
-        return F.relu(F.max_pool2d(h, 2) if self.pool == "max" else h)
+        return F.relu(max_pool(h) if self.pool == "max" else h)
 
     def _flatten(self, h: Tensor) -> Tensor:
-        return h.mean((-2, -1)) if self.average else h.flatten(1)
+        """h (S, N, H, W, C) -> features (S, N, d), channels before pixels."""
+        return h.mean((2, 3)) if self.average else h.permute(0, 1, 4, 2, 3).flatten(2)
 
     def _ordinary(self, params: Params, h: Tensor, i: int) -> Tensor:
-        use_running = self.tracking or not self.training
-        mean, var = (self.get_buffer(f"mean{i}"), self.get_buffer(f"var{i}")) if use_running else (None, None)
-        return F.batch_norm(
-            h, mean, var, params.get(f"gamma{i}"), params[f"beta{i}"], self.training, MOMENTUM, self.eps
-        )
+        """Convolution and ordinary batch norm of h (1, N, H, W, C), all of it one set."""
+        weight, bias = _own(params, f"conv{i}"), _own(params, f"bias{i}")
+        mean, var = self.get_buffer(f"mean{i}"), self.get_buffer(f"var{i}")
+        if not self.training:
+            return self._folded(params, h, i, (mean[None], var[None]))
+        if i == 0 and weight.shape[2] <= FORESEEN:
+            layer = self._foreseen(weight, bias, h, 1)
+            y = self._folded(params, h, i, layer)
+            if self.tracking:
+                count = y[..., 0].numel()
+                mean.lerp_(layer[0][0].detach(), MOMENTUM)
+                var.lerp_(layer[1][0].detach() * (count / (count - 1)), MOMENTUM)
+            return y
+        gamma, beta = params.get(f"gamma{i}"), params[f"beta{i}"]
+        y = self._convolve(h, weight, bias).squeeze(0).permute(0, 3, 1, 2)
+        averages = (mean, var) if self.tracking else (None, None)
+        z = F.batch_norm(y, averages[0], averages[1], gamma, beta, True, MOMENTUM, self.eps)
+        return z.permute(0, 2, 3, 1).unsqueeze(0)
 
-    def _statistics(self, params: Params, h: Tensor, i: int, tasks: int) -> tuple[Tensor, ...]:
-        """Mean and variance (T, C) over each task's images and pixels; with TaskNorm also the learned blend."""
+    def _foreseen(self, weight: Tensor, bias: Tensor, h: Tensor, sets: int) -> tuple[Tensor, ...]:
+        """Mean and variance (S sets, C) of a convolution's output, from its input's patches alone.
+
+        The output is linear in the patches: its variance is w' V w, V their covariance (9 C x 9 C, of few channels).
+        """
+        centre, covariance = patch_moments(h, stride=self.stride, sets=sets)
+        rows = weight.permute(0, 1, 3, 4, 2).flatten(2)[:, None]  # (S, 1, O, 9 C)
+        mean = (rows @ centre).squeeze(3) + bias[:, None]
+        return mean.flatten(0, 1), (rows @ covariance * rows).sum(-1).flatten(0, 1)
+
+    def _statistics(self, params: Params, y: Tensor, i: int) -> tuple[Tensor, ...]:
+        """Mean and variance (S sets, C) over each set's images and pixels; with TaskNorm also the learned blend."""
         if self.norm == "layer":
             return ()
-        split = h.reshape(tasks, -1, *h.shape[1:])
-        mean = split.mean((1, 3, 4))
-        var = (split - mean[:, None, :, None, None]).square().mean((1, 3, 4))
+        mean = y.mean((2, 3, 4), keepdim=True)
+        layer = mean[:, :, 0, 0, 0].flatten(0, 1), (y - mean).square().mean((2, 3, 4)).flatten(0, 1)
         if self.norm != "tasknorm":
-            return mean, var
-        blend = torch.sigmoid(params[f"scale{i}"] * split.shape[1] + params[f"offset{i}"])
-        return mean, var, blend.expand(tasks, 1)
+            return layer
+        blend = torch.sigmoid(_own(params, f"scale{i}") * y.shape[2] + _own(params, f"offset{i}"))  # (S or 1, 1)
+        return *layer, blend[:, None].expand(*y.shape[:2], 1).flatten(0, 1)
 
-    def _normalise(self, params: Params, h: Tensor, i: int, layer: tuple[Tensor, ...], tasks: int) -> Tensor:
-        split = h.reshape(tasks, -1, *h.shape[1:])
-        mean, var = self._moments(split, layer)
-        inverse = torch.rsqrt(var + self.eps)
-        gamma = params.get(f"gamma{i}")
-        if gamma is not None:
-            inverse = inverse * gamma[:, None, None]
-        shift = params[f"beta{i}"][:, None, None] - mean * inverse
-        return (split * inverse + shift).flatten(0, 1)
-
-    def _moments(self, split: Tensor, layer: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Mean and variance that broadcast over split (T, n, C, H, W)."""
+    def _moments(self, y: Tensor, layer: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Mean and variance that broadcast over y (S, sets, n, H, W, C)."""
         if self.norm == "layer":
-            mean = split.mean((2, 3, 4), keepdim=True)
-            return mean, (split - mean).square().mean((2, 3, 4), keepdim=True)
-        mean, var = (m[:, None, :, None, None] for m in layer[:2])
+            mean = y.mean((3, 4, 5), keepdim=True)
+            return mean, (y - mean).square().mean((3, 4, 5), keepdim=True)
+        mean, var = (_open(m, y.shape[1]) for m in layer[:2])
         if self.norm != "tasknorm":
             return mean, var
-        own = split.mean((3, 4), keepdim=True)
-        own_var = (split - own).square().mean((3, 4), keepdim=True)
-        blend = layer[2][:, :, None, None, None]
+        own = y.mean((3, 4), keepdim=True)
+        own_var = (y - own).square().mean((3, 4), keepdim=True)
+        blend = _open(layer[2], y.shape[1])
         mixed = blend * mean + (1 - blend) * own
         mixed_var = blend * (var + (mean - mixed).square()) + (1 - blend) * (own_var + (own - mixed).square())
         return mixed, mixed_var
+
+    def _affine(self, params: Params, i: int, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift that normalise; all broadcast over (S, sets, n, H, W, C)."""
+        scale = torch.rsqrt(var + self.eps)
+        if f"gamma{i}" in params:
+            scale = scale * _own(params, f"gamma{i}")[:, None, None, None, None]
+        return scale, _own(params, f"beta{i}")[:, None, None, None, None] - mean * scale
+
+
+def _open(statistic: Tensor, sets: int) -> Tensor:
+    """A statistic (S sets, C) so that it broadcasts over (S, sets, n, H, W, C)."""
+    return torch.unflatten(statistic, 0, (-1, sets))[:, :, None, None, None]
+
+
+def _own(params: Params, name: str) -> Tensor:
+    """The parameter with its axis of weights: (1, ...) where all tasks share it."""
+    value = params[name]
+    return value if value.dim() > _DIMS.get(name.rstrip("0123456789"), 1) else value[None]
+
+
+_DIMS = {"conv": 4, "weight": 2}  # of a parameter without an axis of weights; all others are vectors
 
 
 class Mlp(Backbone):
@@ -230,21 +313,25 @@ class Mlp(Backbone):
             for name, value in layer.named_parameters():
                 self.register_parameter(f"{name}{i}", value)
             width = hidden
-        self.out_dim = hidden
-        self.vmap_limit = sys.maxsize
+        self.out_dim = self.widest = hidden
 
     def apply_to(self, params: Params, x: Tensor, stats: Stats | None = None) -> tuple[Tensor, Stats]:
         """See `Backbone.apply_to`; there are no statistics."""
-        h = x.flatten(2)
+        return self.features(params, x), ()
+
+    def features(self, params: Params, x: Tensor) -> Tensor:
+        """See `Backbone.features`."""
+        weights = _own(params, "weight0").shape[0]
+        h = x.flatten(2).reshape(weights, -1, x[0, 0].numel())
         for i in range(2):
-            h = F.relu(F.linear(h, params[f"weight{i}"], params[f"bias{i}"]))
-        return h, ()
+            h = F.relu(h @ _own(params, f"weight{i}").mT + _own(params, f"bias{i}")[:, None])
+        return h.reshape(*x.shape[:2], -1)
 
 
 class Network(nn.Module):
     """A backbone and a linear head, as pure functions of one flat dict of parameters: what inner loops adapt.
 
-    The functions are of ONE task, x (n, *shape), so that `tasks.Execution` can map them over the task axis.
+    The parameters may have a task axis, as for `Backbone.apply_to`.
     """
 
     def __init__(self, backbone: Backbone, outputs: int) -> None:
@@ -252,22 +339,23 @@ class Network(nn.Module):
         self.backbone = backbone
         self.head = nn.Linear(backbone.out_dim, outputs)
 
-    def on_support(self, params: Params, x: Tensor) -> tuple[Tensor, Stats]:
-        """Outputs (n, outputs) of the images that the statistics come from, and these statistics."""
-        features, stats = self.backbone.apply_to(_strip(params, "backbone."), x[None])
-        return self._answer(params, features), stats
+    def on_support(self, params: Params, x: Tensor) -> Tensor:
+        """Outputs (T, n, outputs) of images x (T, n, *shape) normalised by their own statistics."""
+        return self._answer(params, self.backbone.features(_strip(params, "backbone."), x))
 
     def support_stats(self, params: Params, x: Tensor) -> Stats:
-        """The statistics of support images x (n, *shape) if queries are normalised with them, else ()."""
-        return self.on_support(params, x)[1] if self.backbone.norm in ("support", "tasknorm") else ()
+        """The statistics of support images x (T, n, *shape) if queries are normalised with them, else ()."""
+        if self.backbone.norm not in ("support", "tasknorm"):
+            return ()
+        return self.backbone.apply_to(_strip(params, "backbone."), x)[1]
 
     def on_query(self, params: Params, x: Tensor, support: Tensor, stats: Stats) -> Tensor:
-        """Outputs (m, outputs) of queries x (m, *shape), normalised as the backbone's `norm` says."""
-        features = self.backbone.embed_query(_strip(params, "backbone."), x[None], support[None], stats)
-        return self._answer(params, features)
+        """Outputs (T, m, outputs) of queries x (T, m, *shape), normalised as the backbone's `norm` says."""
+        return self._answer(params, self.backbone.embed_query(_strip(params, "backbone."), x, support, stats))
 
     def _answer(self, params: Params, features: Tensor) -> Tensor:
-        return F.linear(features[0], params["head.weight"], params["head.bias"])
+        head = _strip(params, "head.")
+        return features @ _own(head, "weight").mT + _own(head, "bias")[:, None]
 
 
 def _strip(params: Params, prefix: str) -> Params:

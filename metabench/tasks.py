@@ -1,5 +1,10 @@
-"""How a batch of tasks is executed: one function of one task, run over the task axis serially or by vmap.
+"""How a batch of tasks is executed: in chunks, one task at a time, by vmap, or all tasks of a chunk as one network.
 
+A function of tasks takes tensors with the task axis first and treats the tasks apart, however many they are; what it
+is given is the strategy's business:
+- `serial`: one task a call;
+- `vmap`: one task, vectorised over the chunk by torch.func;
+- `grouped`: the chunk itself, parameters with a task axis too (see `metabench.convolution`).
 Whatever runs gives the gradients of the serial float64 version (a test proves it). Batch norm must come from
 primitives: vmap through nn.BatchNorm2d gives wrong second-order gradients (torch 2.13).
 """
@@ -12,60 +17,90 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-Strategy = Literal["serial", "vmap"]
-Choice = Literal["auto", "serial", "vmap"]
+from metabench.convolution import unfolding
+
+Strategy = Literal["serial", "vmap", "grouped", "unfold"]
+Choice = Literal["auto", "serial", "vmap", "grouped", "unfold"]
 Params = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Execution:
-    """Runs functions of one task over T tasks, and takes inner-loop gradients in the way that fits."""
+    """Runs functions of tasks over T tasks, `chunk` at a time, and takes inner-loop gradients in the way that fits."""
 
-    strategy: Strategy = "vmap"
+    strategy: Strategy
+    chunk: int = 1
+
+    def __str__(self) -> str:
+        return self.strategy if self.strategy == "serial" else f"{self.strategy}/{self.chunk}"
 
     def map(self, fn: Callable[..., Any], *args: Any) -> Any:
-        """fn applied to each task: every tensor in args and in the result has the task axis T first."""
-        if self.strategy == "vmap":
-            return torch.func.vmap(fn, randomness="error")(*args)
+        """fn applied to all tasks: every tensor in args and in the result has the task axis T first."""
         leaves, spec = tree_flatten(args)
-        results = [fn(*tree_unflatten([leaf[t] for leaf in leaves], spec)) for t in range(leaves[0].shape[0])]
-        flat, shape = zip(*(tree_flatten(r) for r in results), strict=True)
-        return tree_unflatten([torch.stack(column) for column in zip(*flat, strict=True)], shape[0])
+        size = 1 if self.strategy == "serial" else self.chunk
+        if leaves[0].shape[0] <= size:
+            return self._run(fn, args)
+        parts = [
+            self._run(fn, tree_unflatten([leaf[t : t + size] for leaf in leaves], spec))
+            for t in range(0, leaves[0].shape[0], size)
+        ]
+        flat, shape = zip(*(tree_flatten(part) for part in parts), strict=True)
+        return tree_unflatten([torch.cat(column) for column in zip(*flat, strict=True)], shape[0])
+
+    def _run(self, fn: Callable[..., Any], args: Any) -> Any:
+        if self.strategy != "vmap":
+            with unfolding(self.strategy == "unfold"):
+                return fn(*args)
+
+        def one(*task: Any) -> Any:
+            return tree_map(lambda leaf: leaf[0], fn(*tree_map(lambda leaf: leaf[None], task)))
+
+        return torch.func.vmap(one, randomness="error")(*args)
 
     def gradient(self, loss: Callable[[Params], Tensor], params: Params, *, second_order: bool) -> Params:
-        """The gradient of loss(params) with respect to params.
+        """The gradient of loss(params), the sum over tasks of their own losses, with respect to params (T, ...).
 
         With `second_order` it stays differentiable, where the caller has gradients enabled at all; else it is a
         constant (first-order MAML) and no graph is built beyond the one backward pass.
         """
-        if second_order and torch.is_grad_enabled():
-            return self._differentiable(loss, params)
-        constants = {name: value.detach() for name, value in params.items()}
+        keep = second_order and torch.is_grad_enabled()
         if self.strategy == "vmap":
+            if keep:
+                return _functional(loss, params)
             with torch.no_grad():  # torch.func.grad minds the inner level only: this saves the outer graph
-                gradient: Params = torch.func.grad(loss)(constants)
-            return gradient
-        leaves = {name: value.requires_grad_() for name, value in constants.items()}
+                return _functional(loss, {name: value.detach() for name, value in params.items()})
+        leaves = {k: v if keep and v.requires_grad else v.detach().requires_grad_() for k, v in params.items()}
         with torch.enable_grad():
             value = loss(leaves)
-        return dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
-
-    def _differentiable(self, loss: Callable[[Params], Tensor], params: Params) -> Params:
-        if self.strategy == "vmap":
-            gradient: Params = torch.func.grad(loss)(params)
-            return gradient
-        leaves = {k: v if v.requires_grad else v.detach().requires_grad_() for k, v in params.items()}
-        values = torch.autograd.grad(loss(leaves), list(leaves.values()), create_graph=True)
-        return dict(zip(leaves, values, strict=True))
+        return dict(zip(leaves, torch.autograd.grad(value, list(leaves.values()), create_graph=keep), strict=True))
 
 
-def choose(choice: Choice, x: Tensor, *, limit: int) -> Execution:
-    """How to work on x (T, n, *shape): `auto` is vmap for tasks of up to `limit` examples (on a GPU any), else serial.
+def _functional(loss: Callable[[Params], Tensor], params: Params) -> Params:
+    gradient: Params = torch.func.grad(loss)(params)
+    return gradient
 
-    A rule on shapes and nothing measured, so that a training resumed elsewhere runs in the same way.
+
+def per_task(params: Params, tasks: int) -> Params:
+    """Parameters that all tasks share, with a task axis."""
+    return {name: value.expand(tasks, *value.shape) for name, value in params.items()}
+
+
+CACHE = 8 * 2**20  # bytes of its widest activations that a chunk may take
+MEMORY = 2**30  # the same on a GPU
+
+
+def choose(choice: Choice, x: Tensor, *, widest: int, stride: int) -> Execution:
+    """How to work on x (T, n, *shape) with a network of up to `widest` activations an example, convolved at `stride`.
+
+    A rule on shapes and nothing measured, so that scores repeat: chunks that fit the cache; unfolded where the
+    unfolded images are small (stride 2: 9/4 of them), else grouped.
     """
-    if choice != "auto":
-        return Execution(choice)
-    return Execution("vmap" if x.shape[0] > 1 and (x.is_cuda or x.shape[1] <= limit) else "serial")
+    if choice == "serial":
+        return Execution("serial")
+    room = MEMORY if x.is_cuda else CACHE
+    chunk = max(1, min(x.shape[0], room // (x.shape[1] * widest * x.element_size())))
+    if choice == "auto":
+        choice = "unfold" if stride > 1 else "grouped"
+    return Execution(choice, chunk)

@@ -36,7 +36,7 @@ def small(
     *,
     first_order: bool = False,
     backbone: Pool = "conv4-strided",
-    strategy: Strategy = "vmap",
+    strategy: Strategy = "grouped",
     norm: Literal["support", "each", "tasknorm", "layer", "batch"] = "support",
     steps: int = 1,
     inner_lr: float = 0.4,
@@ -128,7 +128,7 @@ def relative_error(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("backbone", ["conv4", "conv4-strided"])
-@pytest.mark.parametrize("strategy", ["serial", "vmap"])
+@pytest.mark.parametrize("strategy", ["serial", "vmap", "grouped", "unfold"])
 @pytest.mark.parametrize(("first_order", "steps"), [(False, 1), (False, 3), (True, 3)])
 def test_outer_gradient_is_that_of_the_slow_version(
     backbone: Pool, strategy: Strategy, first_order: bool, steps: int
@@ -143,9 +143,9 @@ def test_first_order_gradient_is_the_query_gradient_at_the_adapted_weights() -> 
     model, data = small(first_order=True, steps=2), episode(tasks=1)
     got = outer_gradient(model, data)
     moved = small(first_order=True, steps=2)
-    fast, _ = moved._learn(moved._execution(data.support.x), data.support.x[0], data.support.y[0], 2)
+    fast, _ = moved._learn(moved._execution(data.support.x), data.support.x, data.support.y, 2)
     for name, parameter in moved.network.named_parameters():
-        parameter.data = fast.get(name, parameter).detach().clone()
+        parameter.data = (fast[name][0] if name in fast else parameter).detach().clone()
     output = moved.adapt(data.support, seeds=data.seeds, steps=0)(data.query.x)
     query_loss(moved.problem, output, data.query)[0].backward()
     wanted = {n: p.grad for n, p in moved.named_parameters() if p.grad is not None}
@@ -171,14 +171,14 @@ def test_rate_on_the_sum_over_classes_is_ways_times_the_rate_on_the_mean() -> No
 def test_norm_shifts_are_meta_learned_but_not_adapted() -> None:
     data = episode()
     model = small()
-    fast, _ = model._learn(model._execution(data.support.x), data.support.x[0], data.support.y[0], 1)
+    fast, _ = model._learn(model._execution(data.support.x), data.support.x, data.support.y, 1)
     assert not any("beta" in name for name in fast)
     gradient = outer_gradient(model, data)
     assert all(gradient[f"network.backbone.beta{i}"].abs().max() > 0 for i in range(4))
     fast, _ = (full := small(adapt_norm=True))._learn(
-        full._execution(data.support.x), data.support.x[0], data.support.y[0], 1
+        full._execution(data.support.x), data.support.x, data.support.y, 1
     )
-    assert (fast["backbone.beta3"] - full.network.backbone.get_parameter("beta3")).abs().max() > 0
+    assert (fast["backbone.beta3"][0] - full.network.backbone.get_parameter("beta3")).abs().max() > 0
     assert "network.backbone.gamma0" not in dict(model.named_parameters())
 
 
@@ -197,7 +197,7 @@ def test_batch_norm_over_queries_is_transductive() -> None:
     assert (learner(data.query.x)[:, :3] - learner(data.query.x[:, :3])).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("strategy", ["serial", "vmap"])
+@pytest.mark.parametrize("strategy", ["serial", "vmap", "grouped", "unfold"])
 def test_without_grad_the_answer_is_the_same_and_detached(strategy: Strategy) -> None:
     model, data = small(strategy=strategy, steps=2).train(), episode()
     graphed = model.adapt(data.support, seeds=data.seeds)(data.query.x)

@@ -37,7 +37,7 @@ def build(
     head_init: Literal["normal", "zero"] = "normal",
     lr: float = 1e-3,
     schedule: Literal["constant", "cosine"] = "constant",
-    strategy: Literal["auto", "serial", "vmap"] = "auto",
+    strategy: Literal["auto", "serial", "vmap", "grouped", "unfold"] = "auto",
 ) -> Maml:
     """First-order MAML for `problem`; the arguments are those of `metabench.algorithms.maml.build`.
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from metabench.algorithms.base import Algorithm, Learner, Schedule, Trainer, schedule
 from metabench.backbones import Network, Norm, Stats, make_backbone
 from metabench.episodes import Batch, Problem
-from metabench.tasks import Choice, Execution, Params, choose
+from metabench.tasks import Choice, Execution, Params, choose, per_task
 
 METABENCH = {
     "kind": "algorithm",
@@ -97,35 +97,37 @@ class Maml(Algorithm):
         return Trainer(self, optimizer, schedule=schedule(optimizer, self.schedule, total_steps))
 
     def _execution(self, x: Tensor) -> Execution:
-        return choose(self.strategy, x, limit=self.network.backbone.vmap_limit)
+        body = self.network.backbone
+        return choose(self.strategy, x, widest=body.widest, stride=body.stride)
 
     def _learn(self, execution: Execution, x: Tensor, y: Tensor, steps: int) -> tuple[Params, Stats]:
-        """One task: the adapted parameters, and the statistics of its support set under them."""
+        """Some tasks: their adapted parameters, and the statistics of their support sets under them."""
         params: Params = dict(self.network.named_parameters())
         slow = {name: value for name, value in params.items() if name not in self.adapted}
-        fast = {name: params[name] for name in self.adapted}
+        fast = per_task({name: params[name] for name in self.adapted}, len(x))
 
         def loss(fast: Params) -> Tensor:
-            return self._support_loss(self.network.on_support(fast | slow, x)[0], y)
+            return self._support_loss(self.network.on_support(fast | slow, x), y)
 
         for _ in range(steps):
             gradient = execution.gradient(loss, fast, second_order=self.second_order)
-            fast = {name: value - self.inner_lr * gradient[name] for name, value in fast.items()}
+            fast = {n: torch.sub(value, gradient[n], alpha=self.inner_lr) for n, value in fast.items()}
         return fast, self.network.support_stats(fast | slow, x)
 
     def _support_loss(self, output: Tensor, y: Tensor) -> Tensor:
-        """The loss of one task's support set; `per_class_sum` is the cross-entropy's sum over K, ways times the mean.
+        """The losses of the tasks' support sets, summed; `per_class_sum` is the cross-entropy's sum over K, ways times
+        the mean.
 
         (The authors' code divides the vector of losses by K and takes the gradient of the vector, which sums it: a
         rate of 0.4 with 5 ways is 2.0 on the mean.)
         """
         if self.problem.loss == "mse":
-            return F.mse_loss(output, y)
+            return F.mse_loss(output, y, reduction="sum") / output[0].numel()
         scale = output.shape[-1] if self.inner_loss == "per_class_sum" else 1
-        return scale * F.cross_entropy(output, y)
+        return F.cross_entropy(output.flatten(0, 1), y.flatten(), reduction="sum") * (scale / output.shape[1])
 
     def _answer(self, fast: Params, stats: Stats, support: Tensor, x: Tensor) -> Tensor:
-        """One task: outputs (m, ways | d) of its queries x (m, *shape)."""
+        """Some tasks: outputs (t, m, ways | d) of their queries x (t, m, *shape)."""
         return self.network.on_query(dict(self.network.named_parameters()) | fast, x, support, stats)
 
 
@@ -142,7 +144,7 @@ def build(
     head_init: Literal["normal", "zero"] = "normal",
     lr: float = 1e-3,
     schedule: Literal["constant", "cosine"] = "constant",
-    strategy: Literal["auto", "serial", "vmap"] = "auto",
+    strategy: Literal["auto", "serial", "vmap", "grouped", "unfold"] = "auto",
 ) -> Maml:
     """MAML for `problem`.
 

@@ -130,7 +130,8 @@ class Reptile(Algorithm):
         return super().unsupported(problem)
 
     def _execution(self, x: Tensor) -> Execution:
-        return choose(self.strategy, x, limit=self.network.backbone.vmap_limit)
+        body = self.network.backbone
+        return choose(self.strategy, x, widest=body.widest, stride=body.stride)
 
     def _gradient(self, fast: Params, x: Tensor, y: Tensor) -> Params:
         """The gradients (T, ...) of T mini-batches' losses at weights `fast` (T, ...)."""
@@ -143,8 +144,11 @@ class Reptile(Algorithm):
         return gradients
 
     def _batch_loss(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
-        output = self.network.on_support(params, x)[0]
-        return F.mse_loss(output, y) if self.problem.loss == "mse" else F.cross_entropy(output, y)
+        """The mean losses (of t tasks' mini-batches), summed."""
+        output = self.network.on_support(params, x)
+        if self.problem.loss == "mse":
+            return F.mse_loss(output, y, reduction="sum") / output[0].numel()
+        return F.cross_entropy(output.flatten(0, 1), y.flatten(), reduction="sum") / output.shape[1]
 
     def _adam(self, fast: Params, moments: Params, gradient: Params, count: int) -> None:
         """Adam's step number `count` with beta1 = 0, in place."""
@@ -208,7 +212,7 @@ def build(
     inner_batch: int | None = None,
     eval_batch: int | None = None,
     inner_lr: float | None = None,
-    strategy: Literal["auto", "serial", "vmap"] = "auto",
+    strategy: Literal["auto", "serial", "vmap", "grouped", "unfold"] = "auto",
 ) -> Reptile:
     """Reptile for `problem`; the defaults are the paper's: one set for 5 ways, one for 20 (here: for more than 10).
 
