@@ -67,6 +67,11 @@ class Algorithm(nn.Module, ABC):
             return f"trained for {self.problem.loss}, asked for {problem.loss}"
         return None
 
+    def strategy_for(self, x: Tensor) -> str:
+        """How tasks of support sets x (T, n, *shape) are executed, as results record it; "" if there is one way."""
+        del x
+        return ""
+
     def initial(self, support: Batch, *, seeds: Tensor) -> Learner:
         """The prediction before adaptation (the `mse_before` measure), where there is an inner loop: zero steps."""
         return self.adapt(support, seeds=seeds, steps=0)

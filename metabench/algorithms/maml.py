@@ -96,6 +96,10 @@ class Maml(Algorithm):
         optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
         return Trainer(self, optimizer, schedule=schedule(optimizer, self.schedule, total_steps))
 
+    def strategy_for(self, x: Tensor) -> str:
+        """See `Algorithm.strategy_for`."""
+        return str(self._execution(x))
+
     def _execution(self, x: Tensor) -> Execution:
         body = self.network.backbone
         return choose(self.strategy, x, widest=body.widest, stride=body.stride)

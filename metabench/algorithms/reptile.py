@@ -129,6 +129,10 @@ class Reptile(Algorithm):
             return f"the head was trained for {self.problem.ways} ways, the test task has {problem.ways}"
         return super().unsupported(problem)
 
+    def strategy_for(self, x: Tensor) -> str:
+        """See `Algorithm.strategy_for`."""
+        return str(self._execution(x))
+
     def _execution(self, x: Tensor) -> Execution:
         body = self.network.backbone
         return choose(self.strategy, x, widest=body.widest, stride=body.stride)
