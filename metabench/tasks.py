@@ -11,7 +11,9 @@ primitives: vmap through nn.BatchNorm2d gives wrong second-order gradients (torc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -89,6 +91,9 @@ def per_task(params: Params, tasks: int) -> Params:
 
 CACHE = 8 * 2**20  # bytes of its widest activations that a chunk may take
 MEMORY = 2**30  # the same on a GPU
+WORTH_MEASURING = 2**20  # activations of the widest layer, of all tasks together: below, any choice is good enough
+ADVANTAGE = 1.25  # how much faster than the rule's choice a strategy must be to replace it
+ROUNDS = 3
 
 
 def choose(choice: Choice, x: Tensor, *, widest: int, stride: int) -> Execution:
@@ -100,7 +105,25 @@ def choose(choice: Choice, x: Tensor, *, widest: int, stride: int) -> Execution:
     if choice == "serial":
         return Execution("serial")
     room = MEMORY if x.is_cuda else CACHE
-    chunk = max(1, min(x.shape[0], room // (x.shape[1] * widest * x.element_size())))
+    most = max(1, room // (x.shape[1] * widest * x.element_size()))
+    chunk = math.ceil(x.shape[0] / math.ceil(x.shape[0] / most))  # chunks of like size, no small rest
     if choice == "auto":
         choice = "unfold" if stride > 1 else "grouped"
     return Execution(choice, chunk)
+
+
+def fastest(run: Callable[[Strategy], object], candidates: Sequence[Strategy]) -> Strategy:
+    """The candidate whose `run` is fastest; the first one, unless another is faster by a good margin.
+
+    The margin keeps noise from deciding: trainings repeat to the bit unless something is clearly to be won. `run` must
+    wait for its device. Candidates take turns, each once to warm up and then `ROUNDS` times; their minima count.
+    """
+    seconds: dict[Strategy, float] = dict.fromkeys(candidates, float("inf"))
+    for turn in range(1 + ROUNDS):
+        for candidate in candidates:
+            start = time.perf_counter()
+            run(candidate)
+            if turn > 0:
+                seconds[candidate] = min(seconds[candidate], time.perf_counter() - start)
+    best = min(candidates, key=lambda candidate: seconds[candidate])
+    return best if seconds[best] * ADVANTAGE < seconds[candidates[0]] else candidates[0]

@@ -129,6 +129,10 @@ class Reptile(Algorithm):
             return f"the head was trained for {self.problem.ways} ways, the test task has {problem.ways}"
         return super().unsupported(problem)
 
+    def facts(self, support: Batch) -> dict[str, str]:
+        """See `Algorithm.facts`; in training one task follows the other."""
+        return {"strategy": "serial" if self.training else str(self._execution(support.x))}
+
     def _execution(self, x: Tensor) -> Execution:
         body = self.network.backbone
         return choose(self.strategy, x, widest=body.widest, stride=body.stride)
