@@ -40,12 +40,16 @@ class Execution:
 
     def map(self, fn: Callable[..., Any], *args: Any) -> Any:
         """fn applied to all tasks: every tensor in args and in the result has the task axis T first."""
+        return self.chunks(lambda *part: self._run(fn, part), *args)
+
+    def chunks(self, fn: Callable[..., Any], *args: Any) -> Any:
+        """As `map`, but fn is given whole chunks: for work that itself calls `map` more than once on the same tasks."""
         leaves, spec = tree_flatten(args)
         size = 1 if self.strategy == "serial" else self.chunk
         if leaves[0].shape[0] <= size:
-            return self._run(fn, args)
+            return fn(*args)
         parts = [
-            self._run(fn, tree_unflatten([leaf[t : t + size] for leaf in leaves], spec))
+            fn(*tree_unflatten([leaf[t : t + size] for leaf in leaves], spec))
             for t in range(0, leaves[0].shape[0], size)
         ]
         flat, shape = zip(*(tree_flatten(part) for part in parts), strict=True)
@@ -100,9 +104,9 @@ def choose(choice: Choice, x: Tensor, *, widest: int, stride: int) -> Execution:
     """How to work on x (T, n, *shape) with a network of up to `widest` activations an example, convolved at `stride`.
 
     A rule on shapes and nothing measured, so that scores repeat: chunks that fit the cache; unfolded where the
-    unfolded images are small (stride 2: 9/4 of them), else grouped.
+    unfolded images are small (stride 2: 9/4 of them), else grouped; for a single task PyTorch's own convolution.
     """
-    if choice == "serial":
+    if choice == "serial" or (choice == "auto" and x.shape[0] == 1):
         return Execution("serial")
     room = MEMORY if x.is_cuda else CACHE
     most = max(1, room // (x.shape[1] * widest * x.element_size()))
