@@ -4,9 +4,10 @@ A function of tasks takes tensors with the task axis first and treats the tasks 
 is given is the strategy's business:
 - `serial`: one task a call;
 - `vmap`: one task, vectorised over the chunk by torch.func;
-- `grouped`: the chunk itself, parameters with a task axis too (see `metabench.convolution`).
-Whatever runs gives the gradients of the serial float64 version (a test proves it). Batch norm must come from
-primitives: vmap through nn.BatchNorm2d gives wrong second-order gradients (torch 2.13).
+- `grouped` and `unfold`: the chunk itself, its parameters with a task axis too, convolved as groups of one convolution
+  or as one matrix product (see `metabench.convolution`).
+Whatever runs gives the gradients of the serial float64 version (a test proves it). Never nn.BatchNorm2d: vmap through
+it gives wrong second-order gradients (torch 2.13).
 """
 
 from __future__ import annotations

@@ -187,6 +187,20 @@ def test_every_strategy_gives_the_serial_gradients(
     assert relative_error(gradient(strategy), wanted) < 1e-10
 
 
+@pytest.mark.parametrize("strategy", ["serial", "grouped", "unfold"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_low_precision_and_layout_are_the_same_training_but_for_rounding(
+    strategy: Strategy, channels_last: bool
+) -> None:
+    data = episode()
+    wanted = outer_gradient(small(strategy="serial", inner_lr=0.02), data)
+    model = small(strategy=strategy, inner_lr=0.02)  # gentle: large steps blow rounding up
+    model.network.backbone.channels_last = channels_last
+    assert relative_error(outer_gradient(model, data), wanted) < 1e-10
+    model.network.backbone.bf16 = True
+    assert relative_error(outer_gradient(model, data), wanted) < 0.2
+
+
 def test_tuning_settles_the_training_alone_and_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = small(strategy="auto").train(), episode()
     trainer = model.trainer(3)
