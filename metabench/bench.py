@@ -128,5 +128,5 @@ class Bench:
             "backbone": backbone_name(subject.algorithm),
             "threads": torch.get_num_threads(),
             "images": kernel.images,
-            "strategy": subject.algorithm.strategy_for(subject.episode().support.x),
+            **subject.algorithm.facts(subject.episode().support),
         }

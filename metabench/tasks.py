@@ -4,14 +4,17 @@ A function of tasks takes tensors with the task axis first and treats the tasks 
 is given is the strategy's business:
 - `serial`: one task a call;
 - `vmap`: one task, vectorised over the chunk by torch.func;
-- `grouped`: the chunk itself, parameters with a task axis too (see `metabench.convolution`).
-Whatever runs gives the gradients of the serial float64 version (a test proves it). Batch norm must come from
-primitives: vmap through nn.BatchNorm2d gives wrong second-order gradients (torch 2.13).
+- `grouped` and `unfold`: the chunk itself, its parameters with a task axis too, convolved as groups of one convolution
+  or as one matrix product (see `metabench.convolution`).
+Whatever runs gives the gradients of the serial float64 version (a test proves it). Never nn.BatchNorm2d: vmap through
+it gives wrong second-order gradients (torch 2.13).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,12 +41,16 @@ class Execution:
 
     def map(self, fn: Callable[..., Any], *args: Any) -> Any:
         """fn applied to all tasks: every tensor in args and in the result has the task axis T first."""
+        return self.chunks(lambda *part: self._run(fn, part), *args)
+
+    def chunks(self, fn: Callable[..., Any], *args: Any) -> Any:
+        """As `map`, but fn is given whole chunks: for work that itself calls `map` more than once on the same tasks."""
         leaves, spec = tree_flatten(args)
         size = 1 if self.strategy == "serial" else self.chunk
         if leaves[0].shape[0] <= size:
-            return self._run(fn, args)
+            return fn(*args)
         parts = [
-            self._run(fn, tree_unflatten([leaf[t : t + size] for leaf in leaves], spec))
+            fn(*tree_unflatten([leaf[t : t + size] for leaf in leaves], spec))
             for t in range(0, leaves[0].shape[0], size)
         ]
         flat, shape = zip(*(tree_flatten(part) for part in parts), strict=True)
@@ -89,18 +96,39 @@ def per_task(params: Params, tasks: int) -> Params:
 
 CACHE = 8 * 2**20  # bytes of its widest activations that a chunk may take
 MEMORY = 2**30  # the same on a GPU
+WORTH_MEASURING = 2**20  # activations of the widest layer, of all tasks together: below, any choice is good enough
+ADVANTAGE = 1.25  # how much faster than the rule's choice a strategy must be to replace it
+ROUNDS = 3
 
 
 def choose(choice: Choice, x: Tensor, *, widest: int, stride: int) -> Execution:
     """How to work on x (T, n, *shape) with a network of up to `widest` activations an example, convolved at `stride`.
 
     A rule on shapes and nothing measured, so that scores repeat: chunks that fit the cache; unfolded where the
-    unfolded images are small (stride 2: 9/4 of them), else grouped.
+    unfolded images are small (stride 2: 9/4 of them), else grouped; for a single task PyTorch's own convolution.
     """
-    if choice == "serial":
+    if choice == "serial" or (choice == "auto" and x.shape[0] == 1):
         return Execution("serial")
     room = MEMORY if x.is_cuda else CACHE
-    chunk = max(1, min(x.shape[0], room // (x.shape[1] * widest * x.element_size())))
+    most = max(1, room // (x.shape[1] * widest * x.element_size()))
+    chunk = math.ceil(x.shape[0] / math.ceil(x.shape[0] / most))  # chunks of like size, no small rest
     if choice == "auto":
         choice = "unfold" if stride > 1 else "grouped"
     return Execution(choice, chunk)
+
+
+def fastest(run: Callable[[Strategy], object], candidates: Sequence[Strategy]) -> Strategy:
+    """The candidate whose `run` is fastest; the first one, unless another is faster by a good margin.
+
+    The margin keeps noise from deciding: trainings repeat to the bit unless something is clearly to be won. `run` must
+    wait for its device. Candidates take turns, each once to warm up and then `ROUNDS` times; their minima count.
+    """
+    seconds: dict[Strategy, float] = dict.fromkeys(candidates, float("inf"))
+    for turn in range(1 + ROUNDS):
+        for candidate in candidates:
+            start = time.perf_counter()
+            run(candidate)
+            if turn > 0:
+                seconds[candidate] = min(seconds[candidate], time.perf_counter() - start)
+    best = min(candidates, key=lambda candidate: seconds[candidate])
+    return best if seconds[best] * ADVANTAGE < seconds[candidates[0]] else candidates[0]

@@ -84,6 +84,7 @@ def train(algorithm: Algorithm, plan: Plan) -> dict[str, Any]:
         "train_seconds": progress.seconds,
         "resumed": progress.resumed,
         "selected_step": progress.best_step or progress.steps,
+        "train_strategy": algorithm.settled,
     }
 
 

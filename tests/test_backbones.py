@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metabench.algorithms.base import tracking
-from metabench.backbones import METABENCH_BACKBONES, Conv4, Norm, make_backbone
+from metabench.backbones import FORESEEN, METABENCH_BACKBONES, Conv4, Norm, make_backbone
 from metabench.errors import ConfigError
 
 Pool = Literal["max", "stride"]
@@ -224,3 +224,32 @@ def test_one_channel_images_run_channels_last_from_the_first_layer():
     backbone._shrink = lambda h: seen.append(h.is_contiguous()) or original(h)  # (1, N, H, W, C)
     backbone(torch.rand(4, 1, 28, 28))
     assert seen == [True] * 4
+
+
+@pytest.mark.parametrize("name", ["conv4", "conv4-strided-flat"])
+@pytest.mark.parametrize("norm", ["running", "support"])
+def test_the_layout_changes_no_feature(name: str, norm: Norm) -> None:
+    body = make_backbone(name, (3, 20, 20), norm=norm).double()
+    x = torch.randn(2, 4, 3, 20, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    last = body.embed_support(params(body), x)[0]
+    body.channels_last = False
+    torch.testing.assert_close(body.embed_support(params(body), x)[0], last, rtol=1e-10, atol=1e-12)
+    seen = []
+    original = body._shrink
+    body._shrink = lambda h: seen.append(h[0].permute(0, 3, 1, 2).is_contiguous()) or original(h)
+    body.embed_support(params(body), x)
+    assert all(seen)
+
+
+def test_many_channels_normalise_as_few() -> None:
+    """Beyond a few input channels the first layer's statistics come from its output, not its patches."""
+    torch.manual_seed(0)
+    for channels in (FORESEEN, FORESEEN + 1):
+        body = Conv4((channels, 16, 16), norm="running", filters=3).double().train()
+        x = torch.randn(5, channels, 16, 16, dtype=torch.float64)
+        plain = textbook(body, track=True).train()
+        with tracking(body):
+            torch.testing.assert_close(body(x), plain(x), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(body.get_buffer("mean0"), plain[1].running_mean, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(body.get_buffer("var0"), plain[1].running_var, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(body.eval()(x), plain.eval()(x), rtol=1e-10, atol=1e-12)

@@ -7,15 +7,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from metabench import tasks
 from metabench.algorithms import fomaml, maml
 from metabench.algorithms.base import query_loss
 from metabench.algorithms.maml import Maml
 from metabench.backbones import Conv4, Network
 from metabench.episodes import Batch, Episode, Problem
-from metabench.tasks import Strategy
+from metabench.tasks import Choice, Strategy
 
 SIDE = 16  # the smallest image both poolings take
 Pool = Literal["conv4", "conv4-strided"]
+Norm = Literal["support", "each", "tasknorm", "layer", "batch"]
 
 
 def problem(ways: int = 3) -> Problem:
@@ -36,8 +38,8 @@ def small(
     *,
     first_order: bool = False,
     backbone: Pool = "conv4-strided",
-    strategy: Strategy = "grouped",
-    norm: Literal["support", "each", "tasknorm", "layer", "batch"] = "support",
+    strategy: Choice = "grouped",
+    norm: Norm = "support",
     steps: int = 1,
     inner_lr: float = 0.4,
     inner_loss: Literal["per_class_sum", "mean"] = "per_class_sum",
@@ -137,6 +139,100 @@ def test_outer_gradient_is_that_of_the_slow_version(
     data = episode()
     wanted = slow_outer_gradient(model, data, steps=steps, pool=backbone, second_order=not first_order)
     assert relative_error(outer_gradient(model, data), wanted) < 1e-10
+
+
+NORMS = ["support", "each", "tasknorm", "layer", "batch"]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("strategy", ["vmap", "grouped", "unfold"])
+@pytest.mark.parametrize(
+    ("backbone", "steps", "adapt_norm", "first_order"),
+    [
+        ("conv4-strided", 1, False, False),
+        ("conv4-strided", 5, True, False),
+        ("conv4-strided", 2, True, True),
+        ("conv4", 5, False, False),
+        ("conv4", 1, True, False),
+    ],
+)
+def test_every_strategy_gives_the_serial_gradients(
+    norm: Norm,
+    strategy: Strategy,
+    backbone: Pool,
+    steps: int,
+    adapt_norm: bool,
+    first_order: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = episode(tasks=3)
+
+    def gradient(strategy: Strategy) -> dict[str, Tensor]:
+        return outer_gradient(
+            small(
+                norm=norm,
+                strategy=strategy,
+                backbone=backbone,
+                steps=steps,
+                adapt_norm=adapt_norm,
+                first_order=first_order,
+                inner_lr=0.1,
+            ),
+            data,
+        )
+
+    wanted = gradient("serial")
+    widest = small(backbone=backbone).network.backbone.widest
+    monkeypatch.setattr(tasks, "CACHE", 2 * 8 * widest * data.support.x.shape[1])  # two tasks and one: chunks
+    assert relative_error(gradient(strategy), wanted) < 1e-10
+
+
+@pytest.mark.parametrize("strategy", ["serial", "grouped", "unfold"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_low_precision_and_layout_are_the_same_training_but_for_rounding(
+    strategy: Strategy, channels_last: bool
+) -> None:
+    data = episode()
+    wanted = outer_gradient(small(strategy="serial", inner_lr=0.02), data)
+    model = small(strategy=strategy, inner_lr=0.02)  # gentle: large steps blow rounding up
+    model.network.backbone.channels_last = channels_last
+    assert relative_error(outer_gradient(model, data), wanted) < 1e-10
+    model.network.backbone.bf16 = True
+    assert relative_error(outer_gradient(model, data), wanted) < 0.2
+
+
+def test_tuning_settles_the_training_alone_and_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = small(strategy="auto").train(), episode()
+    trainer = model.trainer(3)
+    trainer.step(data)
+    assert model.settled == "auto"  # too small to matter
+    monkeypatch.setattr(maml, "WORTH_MEASURING", 0)
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    for winner in ("grouped", "unfold"):
+        monkeypatch.setattr(maml, "fastest", lambda run, candidates, w=winner: [run(c) for c in candidates] and w)
+        model.tune(data)
+        assert model.settled == winner and model.facts(data.support) == {"strategy": f"{winner}/2"}
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    model.settled = "grouped"
+    assert model.eval().facts(data.support) == {"strategy": "unfold/2"}  # scores go by the rule
+    fixed = small(strategy="serial").train()
+    fixed.tune(data)
+    assert fixed.settled == "auto" and fixed.facts(data.support) == {"strategy": "serial"}
+
+
+def test_a_resumed_training_keeps_what_was_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maml, "WORTH_MEASURING", 0)
+    model, data = small(strategy="auto").train(), episode()
+    trainer = model.trainer(3)
+    trainer.step(data)
+    assert model.settled in ("unfold", "grouped")
+    monkeypatch.setattr(maml, "fastest", lambda run, candidates: pytest.fail("measured again"))
+    model.settled = "grouped"
+    again = small(strategy="auto").train()
+    resumed = again.trainer(3)
+    resumed.load_state_dict(trainer.state_dict())
+    resumed.step(data)
+    assert again.settled == "grouped"
 
 
 def test_first_order_gradient_is_the_query_gradient_at_the_adapted_weights() -> None:

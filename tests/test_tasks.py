@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import Tensor
 
-from metabench.tasks import CACHE, Execution, choose, per_task
+from metabench.tasks import CACHE, Execution, Strategy, choose, fastest, per_task
 
 EVERY = [Execution("serial"), Execution("vmap", 2), Execution("grouped", 2), Execution("unfold", 3)]
 every_execution = pytest.mark.parametrize("execution", EVERY, ids=str)
@@ -93,6 +95,21 @@ def test_choice_is_a_rule_on_shapes() -> None:
     assert choose("auto", x, widest=fits, stride=2) == Execution("unfold", 3)
     assert choose("auto", x, widest=fits, stride=1) == Execution("grouped", 3)
     assert choose("auto", x, widest=100 * fits, stride=1).chunk == 1
+    assert choose("auto", x[:4], widest=fits, stride=1).chunk == 2  # rather than three tasks and one
     assert choose("auto", x.double(), widest=1, stride=1).chunk == 8
     assert choose("serial", x, widest=1, stride=1) == Execution("serial")
     assert choose("vmap", x, widest=fits, stride=1) == Execution("vmap", 3)
+
+
+def test_the_rules_choice_stays_unless_another_is_clearly_faster() -> None:
+    seconds: dict[Strategy, float] = {"unfold": 0.02, "grouped": 0.018, "vmap": 0.002}
+    runs: list[Strategy] = []
+
+    def run(strategy: Strategy) -> None:
+        runs.append(strategy)
+        time.sleep(seconds[strategy])
+
+    assert fastest(run, ("unfold", "grouped")) == "unfold"
+    assert runs == ["unfold", "grouped"] * 4
+    assert fastest(run, ("unfold", "grouped", "vmap")) == "vmap"
+    assert fastest(run, ("grouped",)) == "grouped"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metabench.episodes import Batch, Episode, Problem, TaskDistribution
+from metabench.tasks import Choice
 
 Learner = Callable[[Tensor], Tensor]
 """An adapted model: query x (T, m, *shape) -> logits (T, m, ways) or targets (T, m, d).
@@ -33,6 +34,11 @@ class Algorithm(nn.Module, ABC):
       respect to the algorithm; under `torch.no_grad()` it is detached and builds no outer graph.
     - In `eval()` nothing in the algorithm nor any global generator changes; in `train()` only `Trainer.step` does.
     - All work that needs only the support set happens in `adapt`; randomness comes from `seeds`, per task.
+
+    Attributes:
+        problem: what it was built for.
+        settled: how the training executes its tasks if its `strategy` leaves that open (`auto`: by rule); set by `tune`
+            or a checkpoint, so that a resumed training repeats.
     """
 
     feeds: ClassVar[Literal["episodes", "images"] | None] = "episodes"
@@ -41,6 +47,7 @@ class Algorithm(nn.Module, ABC):
     def __init__(self, problem: Problem) -> None:
         super().__init__()
         self.problem = problem
+        self.settled: Choice = "auto"
 
     @abstractmethod
     def adapt(self, support: Batch, *, seeds: Tensor, steps: int | None = None) -> Learner:
@@ -67,10 +74,13 @@ class Algorithm(nn.Module, ABC):
             return f"trained for {self.problem.loss}, asked for {problem.loss}"
         return None
 
-    def strategy_for(self, x: Tensor) -> str:
-        """How tasks of support sets x (T, n, *shape) are executed, as results record it; "" if there is one way."""
-        del x
-        return ""
+    def tune(self, batch: Episode | Batch) -> None:
+        """Called by the trainer with its first batch: may set `settled` after a short measurement, and nothing else."""
+
+    def facts(self, support: Batch) -> dict[str, str]:
+        """How such tasks are executed in the present mode, for the record: {"strategy": "unfold/32"}, or nothing."""
+        del support
+        return {}
 
     def initial(self, support: Batch, *, seeds: Tensor) -> Learner:
         """The prediction before adaptation (the `mse_before` measure), where there is an inner loop: zero steps."""
@@ -115,9 +125,13 @@ class Trainer:
         clip: float | None = None,
     ) -> None:
         self.algorithm, self.optimizer, self.schedule, self.clip = algorithm, optimizer, schedule, clip
+        self.tuned = False
 
     def step(self, batch: Episode | Batch) -> Metrics:
         """Train on one batch; return detached 0-d figures."""
+        if not self.tuned:
+            self.algorithm.tune(batch)
+            self.tuned = True
         self.optimizer.zero_grad(set_to_none=True)
         with tracking(self.algorithm):
             loss, metrics = self.algorithm.loss(batch)
@@ -132,13 +146,19 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Optimiser and schedule; the algorithm's own state is saved beside it."""
         schedule = self.schedule.state_dict() if self.schedule is not None else None
-        return {"optimizer": self.optimizer.state_dict(), "schedule": schedule}
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": schedule,
+            "tuned": self.tuned,
+            "settled": self.algorithm.settled,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken."""
         self.optimizer.load_state_dict(state["optimizer"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
+        self.tuned, self.algorithm.settled = state["tuned"], state["settled"]
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from metabench.algorithms.base import Algorithm, Learner, Schedule, Trainer, schedule
 from metabench.backbones import Network, Norm, Stats, make_backbone
-from metabench.episodes import Batch, Problem
-from metabench.tasks import Choice, Execution, Params, choose, per_task
+from metabench.episodes import Batch, Episode, Problem
+from metabench.tasks import WORTH_MEASURING, Choice, Execution, Params, Strategy, choose, fastest, per_task
 
 METABENCH = {
     "kind": "algorithm",
@@ -96,13 +96,33 @@ class Maml(Algorithm):
         optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
         return Trainer(self, optimizer, schedule=schedule(optimizer, self.schedule, total_steps))
 
-    def strategy_for(self, x: Tensor) -> str:
-        """See `Algorithm.strategy_for`."""
-        return str(self._execution(x))
+    def tune(self, batch: Episode | Batch) -> None:
+        """See `Algorithm.tune`: which convolution is the fastest here, where the training is large enough to care."""
+        if not isinstance(batch, Episode) or self.strategy != "auto":
+            return
+        x, body = batch.support.x, self.network.backbone
+        if x.shape[0] * x.shape[1] * body.widest < WORTH_MEASURING:
+            return
+        rule = self._execution(x)
+        few = slice(0, rule.chunk)
+        part = Episode(batch.support.pick(few), batch.query.pick(few), batch.seeds[few])
+        others: tuple[Strategy, ...] = ("unfold", "grouped", "vmap") if x.is_cuda else ("unfold", "grouped")
+
+        def run(strategy: Strategy) -> None:
+            self.settled = strategy
+            loss, _ = self.loss(part)
+            torch.autograd.grad(loss, list(self.parameters()), allow_unused=True)[0].sum().item()  # waits for a GPU
+
+        self.settled = fastest(run, (rule.strategy, *(other for other in others if other != rule.strategy)))
+
+    def facts(self, support: Batch) -> dict[str, str]:
+        """See `Algorithm.facts`."""
+        return {"strategy": str(self._execution(support.x))}
 
     def _execution(self, x: Tensor) -> Execution:
+        choice = self.settled if self.training and self.strategy == "auto" else self.strategy
         body = self.network.backbone
-        return choose(self.strategy, x, widest=body.widest, stride=body.stride)
+        return choose(choice, x, widest=body.widest, stride=body.stride)
 
     def _learn(self, execution: Execution, x: Tensor, y: Tensor, steps: int) -> tuple[Params, Stats]:
         """Some tasks: their adapted parameters, and the statistics of their support sets under them."""
@@ -168,7 +188,8 @@ def build(
             makes it a classifier by support features, no class has a head start, and short trainings get much further.
         lr: rate of the outer Adam.
         schedule: the outer rate over the training: constant (paper) or a cosine to 0.
-        strategy: how tasks are executed; `auto` is by shapes (see `metabench.tasks.choose`).
+        strategy: how tasks are executed (see `metabench.tasks`); `auto` is by shapes, in large trainings by a short
+            measurement before the first step.
 
     Raises:
         ConfigError: a backbone that does not fit the inputs.

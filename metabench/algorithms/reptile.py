@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from metabench.algorithms.base import Algorithm, Learner, Metrics, Trainer
-from metabench.backbones import Network, make_backbone
+from metabench.backbones import Network, Stats, make_backbone
 from metabench.episodes import Batch, Episode, Problem, philox_key, words
 from metabench.tasks import Choice, Execution, Params, choose
 
@@ -87,19 +87,28 @@ class Reptile(Algorithm):
         """
         default, size = (self.train_steps, self.train_batch) if self.training else (self.test_steps, self.test_batch)
         count = default if steps is None else steps
-        tasks = support.tasks
-        start: Params = dict(self.network.named_parameters())
-        moments = {name: value.expand(tasks, *value.shape).clone() for name, value in self.moments().items()}
-        moved = self.descend(support, moments, order=mini_batches(seeds, support.x.shape[1], size, count))
-        # the start plus a constant: equal to the end of the descent in value, differentiable in the start
-        fast = {name: start[name] + (moved[name] - start[name]).detach() for name in start}
-        stats = self._execution(support.x).map(self.network.support_stats, fast, support.x)
+        order = mini_batches(seeds, support.x.shape[1], size, count)
+        execution = self._execution(support.x)
+
+        def learn(x: Tensor, y: Tensor, order: Tensor) -> tuple[Params, Stats]:
+            return self._learn(execution, Batch(x, y, support.ways), order)
+
+        fast, stats = execution.chunks(learn, support.x, support.y, order)
 
         def predict(x: Tensor) -> Tensor:
             answers: Tensor = self._execution(x).map(self.network.on_query, fast, x, support.x, stats)
             return answers
 
         return predict
+
+    def _learn(self, execution: Execution, support: Batch, order: Tensor) -> tuple[Params, Stats]:
+        """Some tasks: their adapted parameters, and the statistics of their support sets under them."""
+        start: Params = dict(self.network.named_parameters())
+        moments = {name: value.expand(support.tasks, *value.shape).clone() for name, value in self.moments().items()}
+        moved = self.descend(support, moments, order=order)
+        # the start plus a constant: equal to the end of the descent in value, differentiable in the start
+        fast = {name: start[name] + (moved[name] - start[name]).detach() for name in start}
+        return fast, execution.map(self.network.support_stats, fast, support.x)
 
     def descend(self, data: Batch, moments: Params, *, order: Tensor) -> Params:
         """Weights (T, ...) after Adam steps from the initialisation on T data sets; `moments` (T, ...) move as well.
@@ -129,9 +138,9 @@ class Reptile(Algorithm):
             return f"the head was trained for {self.problem.ways} ways, the test task has {problem.ways}"
         return super().unsupported(problem)
 
-    def strategy_for(self, x: Tensor) -> str:
-        """See `Algorithm.strategy_for`."""
-        return str(self._execution(x))
+    def facts(self, support: Batch) -> dict[str, str]:
+        """See `Algorithm.facts`; in training one task follows the other."""
+        return {"strategy": "serial" if self.training else str(self._execution(support.x))}
 
     def _execution(self, x: Tensor) -> Execution:
         body = self.network.backbone
@@ -155,11 +164,12 @@ class Reptile(Algorithm):
         return F.cross_entropy(output.flatten(0, 1), y.flatten(), reduction="sum") / output.shape[1]
 
     def _adam(self, fast: Params, moments: Params, gradient: Params, count: int) -> None:
-        """Adam's step number `count` with beta1 = 0, in place."""
+        """Adam's step number `count` with beta1 = 0, in place; the bias correction goes into rate and epsilon."""
         correction = (1 - BETA2**count) ** 0.5
         for name, value in fast.items():
-            moments[name].mul_(BETA2).addcmul_(gradient[name], gradient[name], value=1 - BETA2)
-            value.addcdiv_(gradient[name], (moments[name].sqrt() / correction).add_(EPSILON), value=-self.inner_lr)
+            g = gradient[name]
+            moments[name].mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
+            value.addcdiv_(g, moments[name].sqrt().add_(EPSILON * correction), value=-self.inner_lr * correction)
 
 
 class ReptileTrainer(Trainer):
