@@ -101,10 +101,6 @@ class _Cells:
         if not cells:
             return
         if self.source is not None:
-            if algorithm.feeds == "episodes":
-                facts["strategy"] = algorithm.strategy_for(
-                    self.source.episodes(0, self.job["train"]["tasks"]).support.x
-                )
             facts |= train(algorithm, self._plan())
         algorithm.eval()
         for cell in cells:
