@@ -37,8 +37,14 @@ class Timed(NamedTuple):
         size = (self.row.measure, c["ways"], c["shots"], c["queries"], c["tasks"])
         if self.row.measure == "episode_time":
             return size
-        more = ("backbone", "inner_steps") if family == "maml" else ("norm",)
-        return (*size, family, *(self.params.get(name) for name in more))
+        more = (self.backbone, self.params.get("inner_steps")) if family == "maml" else (self.params.get("norm"),)
+        return (*size, family, *more)
+
+    @property
+    def backbone(self) -> str:
+        """The backbone by its name; `auto` is MAML's own."""
+        name = str(self.params.get("backbone", ""))
+        return "conv4-strided" if name == "auto" else name
 
     @property
     def ours(self) -> bool:
@@ -70,10 +76,8 @@ def table(run: Run) -> str:
     for peer in (row for row in rows if not row.ours):
         if peer.cell["allocator"] == "kept" and peer.row.measure != "episode_time":
             continue
-        tamed = [
-            row for row in rows
-            if row.work == peer.work and row.name == peer.name and row.cell["allocator"] == "kept" and row is not peer
-        ]  # fmt: skip
+        alike = [row for row in rows if row.work == peer.work and row.name == peer.name and not row.ours]
+        tamed = [row for row in alike if row.cell["allocator"] == "kept" and row is not peer]
         for own in (row for row in mine if row.work == peer.work):
             ratio = faster(peer, own)
             under_ours = _text(faster(tamed[0], own)) if tamed else ""
@@ -103,7 +107,7 @@ def _kernel(one: Timed) -> str:
     size = f"{cell['ways']}w{cell['shots']}s{cell['queries']}q"
     more = [f"{cell['tasks']} tasks"] if cell["tasks"] > 1 else []
     if one.row.measure == "meta_step_time" and "inner_steps" in params:
-        more += [f"{params['backbone'].replace('auto', 'conv4-strided')}, {params['inner_steps']} inner steps"]
+        more += [f"{one.backbone}, {params['inner_steps']} inner steps"]
     if cell["algorithm"].startswith("protonet") and kernel != "episode":
         more += [f"norm {params['norm']}"]
     return ", ".join([f"{kernel} {size}", *more])

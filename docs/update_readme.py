@@ -9,11 +9,14 @@ import re
 import sys
 from pathlib import Path
 
+import peers_table
+
 from metabench.report import render
 from metabench.report.load import load
+from metabench.store import Run
 
 ROOT = Path(__file__).resolve().parent.parent
-PART = re.compile(r"<!-- (table|file): (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+PART = re.compile(r"<!-- (table|peers|file): (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def filled(text: str) -> str:
@@ -27,6 +30,8 @@ def _part(kind: str, name: str) -> str:
         language = "python" if path.suffix == ".py" else "yaml"
         return f"```{language}\n{path.read_text(encoding='utf-8')}```\n"
     runs = sorted(file.parent for file in path.rglob("manifest.json"))
+    if kind == "peers":
+        return peers_table.table(Run.open(runs[-1]))
     tables = re.split(r"(?=^### )", render(load(runs), "md"), flags=re.MULTILINE)[1:]
     legend = tables[-1].rstrip().rpartition("\n\n")[2]
     return f"{tables[0].rstrip()}\n\n{legend}\n"
