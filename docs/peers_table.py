@@ -18,7 +18,7 @@ from metabench.store import Measurement, Run
 OURS = ("maml", "protonet")
 LOADER = "glyphs-dataloader"
 HEAD = (
-    "| kernel | peer | peer | ours | times faster | with our allocator |",
+    "| kernel | peer | its time | ours | times faster | with our allocator |",
     "| :-- | :-- | --: | --: | --: | --: |",
 )
 
@@ -107,7 +107,7 @@ def _kernel(one: Timed) -> str:
     size = f"{cell['ways']}w{cell['shots']}s{cell['queries']}q"
     more = [f"{cell['tasks']} tasks"] if cell["tasks"] > 1 else []
     if one.row.measure == "meta_step_time" and "inner_steps" in params:
-        more += [f"{one.backbone}, {params['inner_steps']} inner steps"]
+        more += [f"{one.backbone}, {params['inner_steps']} inner step{'s' * (params['inner_steps'] != 1)}"]
     if cell["algorithm"].startswith("protonet") and kernel != "episode":
         more += [f"norm {params['norm']}"]
     return ", ".join([f"{kernel} {size}", *more])

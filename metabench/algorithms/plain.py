@@ -13,7 +13,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Callable
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,12 +41,14 @@ class PlainMaml(Algorithm):
         self,
         problem: Problem,
         *,
+        library: Any = None,
         backbone: Literal["conv4", "conv4-strided"],
         inner_steps: int,
         test_steps: int | None,
         inner_lr: float | None,
     ) -> None:
         super().__init__(problem)
+        self.library = library  # the peer's module, for `learn`
         twin = maml.build(
             problem,
             backbone=backbone,
@@ -145,6 +147,18 @@ def _batch_norm(backbone: Conv4, i: int) -> nn.BatchNorm2d:
     else:
         norm.weight = nn.Parameter(backbone.get_parameter(f"gamma{i}").detach().clone())
     return norm
+
+
+def import_library(name: str) -> ModuleType:
+    """Import a library of the extra `peers`.
+
+    Raises:
+        Unsupported: it is not there, or does not import; says how to install it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise Unsupported(f"needs {name} ({error}): pip install 'metabench[peers]'") from error
 
 
 def import_part(name: str, *, fix: str) -> ModuleType:

@@ -5,9 +5,8 @@ from typing import Literal
 from torch import Tensor, optim
 from torch.nn import functional as F
 
-from metabench.algorithms.plain import Answer, PlainMaml
+from metabench.algorithms.plain import Answer, PlainMaml, import_library
 from metabench.episodes import Problem
-from metabench.errors import Unsupported
 
 METABENCH = {
     "kind": "algorithm",
@@ -26,10 +25,10 @@ class MamlHigher(PlainMaml):
 
     def learn(self, x: Tensor, y: Tensor, steps: int, *, second_order: bool) -> Answer:
         """See `PlainMaml.learn`."""
-        import higher
-
         inner = optim.SGD(self.net.parameters(), lr=self.rate)
-        context = higher.innerloop_ctx(self.net, inner, copy_initial_weights=False, track_higher_grads=second_order)
+        context = self.library.innerloop_ctx(
+            self.net, inner, copy_initial_weights=False, track_higher_grads=second_order
+        )
         with context as (net, steps_through):
             for _ in range(steps):
                 steps_through.step(F.cross_entropy(net(x), y))
@@ -52,8 +51,7 @@ def build(
         Unsupported: higher is not installed.
     """
     del norm  # says whose statistics they are; there is one answer
-    try:
-        import higher  # noqa: F401
-    except ImportError as error:
-        raise Unsupported(f"needs higher ({error}): pip install 'metabench[peers]'") from error
-    return MamlHigher(problem, backbone=backbone, inner_steps=inner_steps, test_steps=test_steps, inner_lr=inner_lr)
+    library = import_library("higher")
+    return MamlHigher(
+        problem, library=library, backbone=backbone, inner_steps=inner_steps, test_steps=test_steps, inner_lr=inner_lr
+    )

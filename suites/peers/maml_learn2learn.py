@@ -1,6 +1,6 @@
 """MAML through learn2learn: clone the module, adapt the clone, one task after the other."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,10 +28,6 @@ FIX = (
 class MamlLearn2Learn(PlainMaml):
     """As examples/vision/maml_omniglot.py of learn2learn, but first order in evaluation: the same answers for less."""
 
-    def __init__(self, problem: Problem, library: Any, **settings: Any) -> None:
-        super().__init__(problem, **settings)
-        self.library = library
-
     def learn(self, x: Tensor, y: Tensor, steps: int, *, second_order: bool) -> Answer:
         """See `PlainMaml.learn`."""
         learner = self.library.MAML(self.net, lr=self.rate).clone(first_order=not second_order)
@@ -58,5 +54,5 @@ def build(
     del norm  # says whose statistics they are; there is one answer
     library = import_part("learn2learn.algorithms.maml", fix=FIX)
     return MamlLearn2Learn(
-        problem, library, backbone=backbone, inner_steps=inner_steps, test_steps=test_steps, inner_lr=inner_lr
+        problem, library=library, backbone=backbone, inner_steps=inner_steps, test_steps=test_steps, inner_lr=inner_lr
     )

@@ -5,9 +5,8 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from metabench.algorithms.plain import Answer, PlainMaml
+from metabench.algorithms.plain import Answer, PlainMaml, import_library
 from metabench.episodes import Problem
-from metabench.errors import Unsupported
 
 METABENCH = {
     "kind": "algorithm",
@@ -26,20 +25,18 @@ class MamlTorchOpt(PlainMaml):
 
     def learn(self, x: Tensor, y: Tensor, steps: int, *, second_order: bool) -> Answer:
         """See `PlainMaml.learn`."""
-        import torchopt
-
         del second_order  # MetaSGD does not ask
-        inner = torchopt.MetaSGD(self.net, lr=self.rate)
-        initial = torchopt.extract_state_dict(self.net, by="reference")
+        inner = self.library.MetaSGD(self.net, lr=self.rate)
+        initial = self.library.extract_state_dict(self.net, by="reference")
         for _ in range(steps):
             inner.step(F.cross_entropy(self.net(x), y))
-        adapted = torchopt.extract_state_dict(self.net, by="reference")
-        torchopt.recover_state_dict(self.net, initial)
+        adapted = self.library.extract_state_dict(self.net, by="reference")
+        self.library.recover_state_dict(self.net, initial)
 
         def answer(queries: Tensor) -> Tensor:
-            torchopt.recover_state_dict(self.net, adapted)
+            self.library.recover_state_dict(self.net, adapted)
             logits: Tensor = self.net(queries)
-            torchopt.recover_state_dict(self.net, initial)
+            self.library.recover_state_dict(self.net, initial)
             return logits
 
         return answer
@@ -60,8 +57,7 @@ def build(
         Unsupported: TorchOpt is not installed.
     """
     del norm  # says whose statistics they are; there is one answer
-    try:
-        import torchopt  # noqa: F401
-    except ImportError as error:
-        raise Unsupported(f"needs torchopt ({error}): pip install 'metabench[peers]'") from error
-    return MamlTorchOpt(problem, backbone=backbone, inner_steps=inner_steps, test_steps=test_steps, inner_lr=inner_lr)
+    library = import_library("torchopt")
+    return MamlTorchOpt(
+        problem, library=library, backbone=backbone, inner_steps=inner_steps, test_steps=test_steps, inner_lr=inner_lr
+    )
