@@ -142,10 +142,10 @@ class Costs:
             self.crew.dismiss(worker)
 
     def _weigh(self, rows: Sequence[Row]) -> None:
-        """Memory: a fresh process for each row, without kept arenas, which would count what was freed as well."""
+        """Memory: a fresh process for each row, which gives freed memory back at once: kept, it would count as well."""
         tell = self.crew.job(f"memory of {_kernels(rows)}, a fresh process each") if rows else None
         for number, row in enumerate(rows, 1):
-            worker = self.crew.hire(self._setting(row).threads, "default")
+            worker = self.crew.hire(self._setting(row).threads, "returned")
             self._ask_value(row, worker)
             self.crew.dismiss(worker)
             if tell:

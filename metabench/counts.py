@@ -262,8 +262,8 @@ def peak_memory(thunk: Thunk, device: torch.device | str) -> int:
     On CUDA the tensors of torch's allocator. On the CPU the resident memory of the process, kernels' scratch memory
     included, exact to some pages; there the call must be made in a fresh process in which nothing else runs, all
     inputs are prepared, and the thunk was called once. Memory that libraries keep from call to call is not counted.
-    Where glibc is told to keep freed memory (`environment.WORKER_VARIABLES`), what one call frees and does not use
-    again counts as well: for the need of the code alone, start the process without those variables.
+    What the call frees and glibc does not give back counts as well: for the need of the code alone, start the process
+    with `environment.ALLOCATORS["returned"]`.
 
     Raises:
         Unsupported: a device other than these, or a system that cannot reset the peak (all but Linux with glibc).

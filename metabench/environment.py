@@ -22,14 +22,19 @@ import psutil
 PROTOCOL = 1  # of the lines that parent and worker speak
 PACKAGES = ("torch", "numpy", "scipy", "pillow")
 PEERS = ("higher", "torchopt", "easyfsl", "learn2learn")  # named where they are installed
-# Kept arenas: without them glibc maps, faults in and unmaps every large tensor at each step, which is both noise
-# and 20-35 % of the time. Passive OpenMP threads: spinning ones beside other work cost 10 to 200 times.
-KEPT_ARENAS = {
-    "MALLOC_MMAP_THRESHOLD_": "1000000000",
-    "MALLOC_TRIM_THRESHOLD_": "10000000000",
-    "MALLOC_TOP_PAD_": "200000000",
+# How glibc treats freed memory. Kept, because otherwise it maps, faults in and unmaps every large tensor at each step,
+# which is both noise and 20-35 % of the time. returned at once where memory is weighed: left alone, glibc keeps some of
+# what is freed, how much depends on what happens to lie above it, and one call's peak differs from process to process.
+ALLOCATORS = {
+    "kept": {
+        "MALLOC_MMAP_THRESHOLD_": "1000000000",
+        "MALLOC_TRIM_THRESHOLD_": "10000000000",
+        "MALLOC_TOP_PAD_": "200000000",
+    },
+    "default": {},
+    "returned": {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"},
 }
-WORKER_VARIABLES = {"OMP_WAIT_POLICY": "PASSIVE", **KEPT_ARENAS}
+PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}  # spinning OpenMP threads beside other work cost 10 to 200 times
 SYSTEM_CPU = Path("/sys/devices/system/cpu")
 CGROUP = Path("/sys/fs/cgroup")
 CPU_SENSORS = ("coretemp", "k10temp", "zenpower", "cpu_thermal", "acpitz")
@@ -52,16 +57,16 @@ STOLEN = 0.02
 def worker_environment(threads: int, *, allocator: str = "kept") -> dict[str, str]:
     """The environment a worker is started with: ours, the variables above, and the thread count.
 
-    `allocator` "default" leaves the C library's as it comes.
+    `allocator` is one of `ALLOCATORS`; "default" leaves the C library's as it comes.
     """
     count = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    ours = {name: value for name, value in os.environ.items() if name not in KEPT_ARENAS}
+    ours = {name: value for name, value in os.environ.items() if name not in ALLOCATORS["kept"]}
     return {**ours, **_variables(allocator), **count}
 
 
 def _variables(allocator: str) -> dict[str, str]:
     """Those of the variables above that a worker with this allocator has."""
-    return {k: v for k, v in WORKER_VARIABLES.items() if allocator == "kept" or k not in KEPT_ARENAS}
+    return {**PASSIVE, **ALLOCATORS[allocator]}
 
 
 def cores() -> int:

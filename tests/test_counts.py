@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from metabench import counts
 from metabench.algorithms import maml
 from metabench.algorithms.maml import Maml
-from metabench.environment import WORKER_VARIABLES
+from metabench.environment import ALLOCATORS
 from metabench.episodes import Batch, Episode, Problem
 from metabench.errors import Unsupported
 from metabench.tasks import Strategy
@@ -338,9 +338,9 @@ def thunk():
 """
 
 
-def peak(setup: str, variables: dict[str, str]) -> int:
+def peak(setup: str, allocator: str) -> int:
     code = PEAK.format(setup=setup)
-    env = {k: v for k, v in environ().items() if not k.startswith("MALLOC_")} | variables
+    env = {k: v for k, v in environ().items() if not k.startswith("MALLOC_")} | ALLOCATORS[allocator]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
     if "Unsupported" in done.stderr:
         pytest.skip(done.stderr.strip().splitlines()[-1])
@@ -348,20 +348,21 @@ def peak(setup: str, variables: dict[str, str]) -> int:
     return int(done.stdout)
 
 
-@pytest.mark.parametrize("variables", [WORKER_VARIABLES, {}], ids=["kept", "default"])
-def test_the_peak_of_a_call_is_what_it_allocates(variables):
-    assert peak(TEMPORARY, variables) == pytest.approx(200 * MEGA, rel=0.05)
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+def test_the_peak_of_a_call_is_what_it_allocates(allocator):
+    assert peak(TEMPORARY, allocator) == pytest.approx(200 * MEGA, rel=0.05)
 
 
-def test_the_peak_of_many_allocations_is_what_lives_at_once_unless_freed_memory_is_kept():
-    assert peak(LIKE_TRAINING, {}) == pytest.approx(300 * MEGA, rel=0.05)
-    assert peak(LIKE_TRAINING, WORKER_VARIABLES) > 0.95 * 300 * MEGA
+def test_the_peak_of_many_allocations_is_what_lives_at_once_where_freed_memory_is_returned():
+    assert peak(LIKE_TRAINING, "returned") == pytest.approx(300 * MEGA, rel=0.02)
+    assert peak(LIKE_TRAINING, "default") > 0.98 * 300 * MEGA
+    assert peak(LIKE_TRAINING, "kept") > 0.98 * 300 * MEGA
 
 
-@pytest.mark.parametrize("variables", [WORKER_VARIABLES, {}], ids=["kept", "default"])
-def test_a_call_that_needs_nothing_has_next_to_no_peak(variables):
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+def test_a_call_that_needs_nothing_has_next_to_no_peak(allocator):
     setup = "kept = torch.ones(50_000_000)\ndef thunk():\n    kept.mul_(2)"
-    assert 0 <= peak(setup, variables) < 5 * MEGA
+    assert 0 <= peak(setup, allocator) < 5 * MEGA
 
 
 def test_where_the_peak_cannot_be_reset_the_reason_is_given(monkeypatch, tmp_path):
