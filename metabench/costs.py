@@ -178,9 +178,10 @@ class Costs:
             while not self._attempt(process, left, tell):
                 pass  # without the row that it died of
         lines = self.folder.slices()
-        noisy = [noise for row in left if (noise := self._sum_up(row, self._lines(lines, row))) is not None]
+        for row in left:
+            self._sum_up(row, self._lines(lines, row))
         self._sum_up_controls(lines)
-        self._warn(noisy)
+        self._warn()
 
     def _attempt(self, process: int, left: list[Row], tell: Callable[[int, int], None]) -> bool:
         """Sample all rows in one fresh set of workers; False if one died: the row it died of is stored and out."""
@@ -254,14 +255,14 @@ class Costs:
         place = self.places[self._setting(row)]
         return [one for one in kept.get(row.key, ()) if one["hash"] == row.hash and one["environment"] == place]
 
-    def _sum_up(self, row: Row, lines: Sequence[Mapping[str, Any]]) -> float | None:
-        """Store a row's time over its processes; returns how wide its slices spread, None if it could not be."""
+    def _sum_up(self, row: Row, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Store a row's time over its processes, or why there is none."""
         place = self.places[self._setting(row)]
         found = [_of_process(line) for line in lines]
         if not all(0 < one.seconds < math.inf for one in found):
             reason = "the slope over inner steps is not above 0: a step costs less than the noise of this machine"
             self.crew.store(row, {"status": "failed", "reason": reason}, place)
-            return None
+            return
         seconds = [one.seconds for one in found]
         facts = {**lines[-1]["facts"], "processes": seconds, "iqr": statistics.median(one.iqr for one in found)}
         if intercepts := [one.intercept for one in found if one.intercept is not None]:
@@ -271,7 +272,6 @@ class Costs:
             facts["launch_bound"] = statistics.median(line["launch_bound"] for line in lines) > 0.5
         heard = {"status": "ok", "unit": "s", "processes": seconds, "facts": facts, "offset": lines[-1]["offset"]}
         self.crew.store(row, heard, place)
-        return float(facts["iqr"])
 
     def _sum_up_controls(self, lines: Mapping[Key, Sequence[Mapping[str, Any]]]) -> None:
         """Per environment, each control's seconds in each process."""
@@ -280,12 +280,11 @@ class Costs:
             medians = {name: [_of_process(one).seconds for one in found] for name, found in own.items()}
             self.folder.add_environment(place, {"controls": medians})
 
-    def _warn(self, noisy: Sequence[float]) -> None:
-        """Say what disturbed the timing, and what to do about it."""
+    def _warn(self) -> None:
+        """Say what disturbed the timing, and what to do about it; how wide rows spread, and why, is the report's."""
         for place in dict.fromkeys(self.places.values()):
             self.folder.add_environment(place, {"disturbances": self.moments})
-        spread = statistics.median(noisy) if noisy else 0.0
-        for text in dict.fromkeys(text for moment in self.moments for text in environment.explain(moment, spread)):
+        for text in dict.fromkeys(text for moment in self.moments for text in environment.explain(moment, 0.0)):
             self.crew.note(text)
 
 
