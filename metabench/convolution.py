@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
@@ -18,17 +17,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-_UNFOLD: ContextVar[bool] = ContextVar("unfold", default=False)
+_unfold = False  # a plain global, for torch.compile cannot read a ContextVar
 
 
 @contextmanager
 def unfolding(wanted: bool) -> Iterator[None]:
     """Whether `convolve` is a matrix product of unfolded images within the block."""
-    before = _UNFOLD.set(wanted)
+    global _unfold
+    before, _unfold = _unfold, wanted
     try:
         yield
     finally:
-        _UNFOLD.reset(before)
+        _unfold = before
 
 
 def arrange(x: Tensor, *, channels_last: bool) -> Tensor:
@@ -37,7 +37,7 @@ def arrange(x: Tensor, *, channels_last: bool) -> Tensor:
     if not channels_last:
         return images
     # `clone`: `contiguous` leaves the strides of one channel as they are, and all layers would run the slow way
-    if _UNFOLD.get() or len(x) == 1:
+    if _unfold or len(x) == 1:
         return images.clone(memory_format=torch.contiguous_format)
     return images.permute(1, 2, 3, 0, 4).clone(memory_format=torch.contiguous_format).permute(3, 0, 1, 2, 4)
 
@@ -47,9 +47,9 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int) -> Tensor:
 
     Of several tasks, or unfolded, it can be differentiated twice, not three times, and not under `torch.func`.
     """
-    if len(weight) > 1 or _UNFOLD.get():
+    if len(weight) > 1 or _unfold:
         result: Tensor = _Convolution.apply(  # type: ignore[no-untyped-call]
-            x, weight, bias, stride, _Unfolded if _UNFOLD.get() else _Grouped
+            x, weight, bias, stride, _Unfolded if _unfold else _Grouped
         )
         return result
     return _split(F.conv2d(_side_by_side(x), weight.squeeze(0), bias.squeeze(0), stride=stride, padding=1), 1)
@@ -57,7 +57,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int) -> Tensor:
 
 def max_pool(x: Tensor) -> Tensor:
     """2x2 max-pooling of x (S, N, H, W, C)."""
-    if _UNFOLD.get():
+    if _unfold:
         pooled = F.max_pool2d(x.flatten(0, 1).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
         return torch.unflatten(pooled, 0, x.shape[:2])
     return _split(F.max_pool2d(_side_by_side(x), 2), len(x))

@@ -119,7 +119,7 @@ def _embed(subject: Subject) -> Kernel:
         compiler = os.environ.get("CXX", "g++")
         if shutil.which(compiler) is None:
             raise Unsupported(f"compile: torch.compile needs a C++ compiler, and {compiler} is not there")
-        embed = torch.compile(embed)
+        embed = torch.compile(embed, fullgraph=True, dynamic=False)
 
     def thunk() -> object:
         with torch.no_grad():

@@ -253,3 +253,13 @@ def test_many_channels_normalise_as_few() -> None:
         torch.testing.assert_close(body.get_buffer("mean0"), plain[1].running_mean, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(body.get_buffer("var0"), plain[1].running_var, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(body.eval()(x), plain.eval()(x), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", METABENCH_BACKBONES)
+def test_an_embedding_compiles_as_one_graph(name: str) -> None:
+    shape = (4,) if name.startswith("mlp") else (1, 16, 16)
+    body = make_backbone(name, shape, norm="running" if len(shape) == 3 else "layer").eval()
+    x = torch.randn(6, *shape, generator=torch.Generator().manual_seed(0))
+    whole = torch.compile(body, backend="eager", fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        assert torch.equal(whole(x), body(x))
