@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -265,14 +265,20 @@ def report(
     figures: Annotated[
         Path | None, typer.Option(help="Draw the figures into this folder and print their paths, instead of tables.")
     ] = None,
+    against: Annotated[
+        Literal["published"] | None,
+        typer.Option(help="Our results beside the published ones, with the difference and its interval."),
+    ] = None,
 ) -> None:
-    """The comparative tables of one or several runs, or their figures."""
-    from metabench.report import render
+    """The comparative tables of one or several runs, their figures, or how they compare with the papers."""
+    from metabench.report import render, render_against
     from metabench.report.load import load
 
     data = load(runs)
     if figures is not None:
         _draw(data, figures)
+    elif against is not None:
+        _print_text(render_against(data, format, width=_width()))
     elif format == "table":
         _print_tables(data, reference)
     else:

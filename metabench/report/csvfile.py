@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import pandas as pd
 
 from metabench.report.model import EPISODE_COLUMNS, RESULT_COLUMNS
@@ -17,6 +19,11 @@ def results(rows: pd.DataFrame) -> str:
 def episodes(scores: pd.DataFrame) -> str:
     """episodes.csv: one line per cell, measure and test episode."""
     return _text(scores, EPISODE_COLUMNS)
+
+
+def records(found: Sequence[Mapping[str, object]]) -> str:
+    """Any records, one line each; nothing where there are none."""
+    return pd.DataFrame(found).to_csv(index=False, lineterminator="\n") if found else ""
 
 
 def _text(frame: pd.DataFrame, columns: tuple[str, ...]) -> str:

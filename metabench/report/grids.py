@@ -1,4 +1,4 @@
-"""Tables of kernels as grids of text, the one form that the terminal, Markdown and LaTeX render each in its way."""
+"""Tables as grids of text, a form that the terminal, Markdown and LaTeX render each in its way."""
 
 from __future__ import annotations
 
@@ -35,14 +35,21 @@ class Grid:
     dim: bool = False
 
 
-def grids(table: KernelTable, *, bounds: bool) -> list[Grid]:
-    """The times of a table, and what was counted; intervals as bounds or as their half width."""
-    return [grid for grid in (_times(table, bounds), _counts(table)) if grid.rows]
+@dataclass(frozen=True)
+class Sheet:
+    """Grids under one title: the facts above them, the notes (key, text) below."""
+
+    title: str
+    facts: tuple[tuple[str, str], ...]
+    grids: tuple[Grid, ...]
+    notes: tuple[tuple[str, str], ...]
 
 
-def protocol(table: KernelTable) -> list[tuple[str, str]]:
-    """The facts above a table."""
-    return [*table.protocol, *([("ratios to", table.reference)] if table.reference and len(table.rows) > 1 else [])]
+def sheet(table: KernelTable, *, bounds: bool) -> Sheet:
+    """The times of a table of kernels, and what was counted; intervals as bounds or as their half width."""
+    reference = [("ratios to", table.reference)] if table.reference and len(table.rows) > 1 else []
+    filled = tuple(grid for grid in (_times(table, bounds), _counts(table)) if grid.rows)
+    return Sheet(table.title, (*table.protocol, *reference), filled, table.notes)
 
 
 def legend(report: KernelReport) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -26,6 +26,15 @@ def render(tables: Sequence[Table], kernels: KernelReport) -> str:
             "footer": list(kernels.footer),
         },
     }
+    return _dumped(content)
+
+
+def records(found: Sequence[Mapping[str, Any]]) -> str:
+    """{"schema_version": 1, "comparisons": [...]}: our results beside the published ones."""
+    return _dumped({"schema_version": SCHEMA_VERSION, "comparisons": [_plain(dict(one)) for one in found]})
+
+
+def _dumped(content: object) -> str:
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 

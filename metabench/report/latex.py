@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from metabench.report import grids, wording
-from metabench.report.grids import Grid, Lines
-from metabench.report.model import KernelReport, KernelTable, Row, Table
+from metabench.report.grids import Grid, Lines, Sheet
+from metabench.report.model import KernelReport, Row, Table
 
 SPECIAL = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -22,7 +22,14 @@ def render(tables: Sequence[Table], kernels: KernelReport) -> str:
     """One table environment per task (and call, for kernels), ready to be input."""
     if not tables and not kernels.tables:
         return "% No results.\n"
-    return "\n\n".join([*map(_table, tables), *(_kernels(table, kernels) for table in kernels.tables)]) + "\n"
+    said = [*grids.legend(kernels), *kernels.footer]
+    sheets = [sheet_text(grids.sheet(table, bounds=False), said) for table in kernels.tables]
+    return "\n\n".join([*map(_table, tables), *sheets]) + "\n"
+
+
+def render_sheets(sheets: Sequence[Sheet], legend: Sequence[str]) -> str:
+    """One table environment per sheet, each with the legend."""
+    return "\n\n".join(sheet_text(sheet, legend) for sheet in sheets) + "\n"
 
 
 def escape(text: str) -> str:
@@ -55,15 +62,15 @@ def _grid(table: Table, known: dict[int, str]) -> list[str]:
     return [*lines, r"\bottomrule", r"\end{tabular}"]
 
 
-def _kernels(table: KernelTable, report: KernelReport) -> str:
-    facts = ", ".join(f"{name} {value}" for name, value in grids.protocol(table))
-    said = [*grids.legend(report), *report.footer]
+def sheet_text(sheet: Sheet, said: Sequence[str]) -> str:
+    """A sheet as a table environment; `said` are sentences for its notes."""
+    facts = ", ".join(f"{name} {value}" for name, value in sheet.facts)
     return "\n".join([
         r"\begin{table}", r"\centering", r"\begin{threeparttable}",
-        rf"\caption{{{escape(f'{table.title}: {facts}')}.}}",
-        *(line for grid in grids.grids(table, bounds=False) for line in _text_grid(grid)),
+        rf"\caption{{{escape(f'{sheet.title}: {facts}')}.}}",
+        *(line for grid in sheet.grids for line in _text_grid(grid)),
         r"\begin{tablenotes}\footnotesize",
-        *(rf"\item[{key}] {escape(text)}" for key, text in table.notes),
+        *(rf"\item[{escape(key)}] {escape(text)}" for key, text in sheet.notes),
         *(rf"\item {escape(text)}" for text in said),
         r"\end{tablenotes}", r"\end{threeparttable}", r"\end{table}",
     ])  # fmt: skip

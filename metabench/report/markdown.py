@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 
 from metabench.report import grids, wording
-from metabench.report.grids import Grid
-from metabench.report.model import KernelReport, KernelTable, Row, Table
+from metabench.report.grids import Grid, Sheet
+from metabench.report.model import KernelReport, Row, Table
 from metabench.stats import Interval
 
 
@@ -17,8 +17,19 @@ def render(tables: Sequence[Table], kernels: KernelReport) -> str:
         return "No results.\n"
     legends = [escape(" ".join(said)) for said in (wording.legend(list(tables)), grids.legend(kernels))]
     footer = "\n".join(f"- {escape(text)}" for text in kernels.footer)
-    parts = [*map(_table, tables), legends[0], *map(_kernels, kernels.tables), footer, legends[1]]
+    parts = [
+        *map(_table, tables),
+        legends[0],
+        *(sheet_text(grids.sheet(one, bounds=True)) for one in kernels.tables),
+        footer,
+        legends[1],
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def render_sheets(sheets: Sequence[Sheet], legend: Sequence[str]) -> str:
+    """Sheets, and one legend for all of them."""
+    return "\n\n".join([*map(sheet_text, sheets), escape(" ".join(legend))]) + "\n"
 
 
 def escape(text: str) -> str:
@@ -48,11 +59,12 @@ def _grid(table: Table, known: dict[int, str]) -> list[str]:
     return lines
 
 
-def _kernels(table: KernelTable) -> str:
-    facts = " · ".join(f"{escape(name)} {escape(value)}" for name, value in grids.protocol(table))
-    parts = ["\n".join(_text_grid(grid)) for grid in grids.grids(table, bounds=True)]
-    notes = "\n".join(f"- {key}: {escape(text)}" for key, text in table.notes)
-    return "\n\n".join(part for part in [f"### {escape(table.title)}", facts, *parts, notes] if part)
+def sheet_text(sheet: Sheet) -> str:
+    """A sheet under its own heading."""
+    facts = " · ".join(f"{escape(name)} {escape(value)}" for name, value in sheet.facts)
+    parts = ["\n".join(_text_grid(grid)) for grid in sheet.grids]
+    notes = "\n".join(f"- {key}: {escape(text)}" for key, text in sheet.notes)
+    return "\n\n".join(part for part in [f"### {escape(sheet.title)}", facts, *parts, notes] if part)
 
 
 def _text_grid(grid: Grid) -> list[str]:

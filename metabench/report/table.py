@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 from metabench.report import grids, wording
-from metabench.report.grids import Grid
-from metabench.report.model import KernelReport, KernelTable, Row, Table
+from metabench.report.grids import Grid, Sheet
+from metabench.report.model import KernelReport, Row, Table
 
 GAP = "  "
 NARROWEST_METHOD = 12
@@ -49,7 +49,7 @@ def lines(tables: Sequence[Table], kernels: KernelReport, width: int) -> list[Te
     out += [line for text in wording.legend(list(tables)) for line in _wrapped(text, width, style="dim")]
     out += [Text("")] if tables and kernels.tables else []
     for one in kernels.tables:
-        out += [*_kernels(one, width), Text("")]
+        out += [*sheet_lines(grids.sheet(one, bounds=False), width), Text("")]
     out += [line for text in kernels.footer for line in _wrapped(text, width)]
     return out + [line for text in grids.legend(kernels) for line in _wrapped(text, width, style="dim")]
 
@@ -72,13 +72,21 @@ def _below(table: Table, width: int) -> list[Text]:
     return out
 
 
-def _kernels(table: KernelTable, width: int) -> list[Text]:
-    facts = " · ".join(f"{name} {value}" for name, value in grids.protocol(table))
-    out = [Text(table.title, style="bold cyan"), *_wrapped(facts, width, style="dim")]
-    for grid in grids.grids(table, bounds=False):
+def render_sheets(sheets: Sequence[Sheet], legend: Sequence[str], width: int = 80) -> str:
+    """Sheets as plain text of at most `width` columns, and one legend for all of them."""
+    out = [line for sheet in sheets for line in [*sheet_lines(sheet, width), Text("")]]
+    out += [line for text in legend for line in _wrapped(text, width)]
+    return "\n".join(line.plain.rstrip() for line in out) + "\n"
+
+
+def sheet_lines(sheet: Sheet, width: int) -> list[Text]:
+    """A sheet as styled lines."""
+    facts = " · ".join(f"{name} {value}" for name, value in sheet.facts)
+    out = [Text(sheet.title, style="bold cyan"), *_wrapped(facts, width, style="dim")]
+    for grid in sheet.grids:
         for panel in _panels(grid, width):
             out += _panel(panel, width)
-    return out + [line for key, text in table.notes for line in _wrapped(f"{key}  {text}", width, indent=3)]
+    return out + [line for key, text in sheet.notes for line in _wrapped(f"{key}  {text}", width, indent=3)]
 
 
 def _widths(grid: Grid) -> list[int]:
