@@ -269,6 +269,48 @@ def test_labels_are_interchangeable(case: Case) -> None:
         assert close(answer(algorithm, renamed)[..., order], answer(algorithm, episode))
 
 
+@_over(case for case in DEFAULTS if case in CLASSIFIERS and case.name in FITS_A_HEAD)
+def test_no_class_number_is_preferred_on_average(case: Case) -> None:
+    """Weights per class make single answers depend on the numbering; scores over many tasks must not."""
+    count = 200
+    algorithm, episode = ready(case), episodes(case, count)
+    orders = torch.stack([torch.randperm(WAYS, generator=torch.Generator().manual_seed(t)) for t in range(count)])
+    renamed = replace(
+        episode,
+        support=replace(episode.support, y=orders.gather(1, episode.support.y)),
+        query=replace(episode.query, y=orders.gather(1, episode.query.y)),
+    )
+    with torch.no_grad():
+        gap = score(case, answer(algorithm, renamed), renamed.query) - score(
+            case, answer(algorithm, episode), episode.query
+        )
+    assert abs(float(gap.mean())) <= 3 * float(gap.std()) / count**0.5
+
+
+@_over(case for case in DEFAULTS if PLUGINS[case.name].parameter("strategy"))
+def test_every_strategy_gives_the_serial_gradients(case: Case) -> None:
+    """Of the training loss with respect to all parameters, second order where the method is."""
+
+    def gradients(strategy: str) -> list[Tensor | None]:
+        algorithm = fresh(case, strategy=strategy).double().train()
+        loss, _ = algorithm.loss(_doubled(batch(algorithm, case, 0, 3)))
+        return list(torch.autograd.grad(loss, list(algorithm.parameters()), allow_unused=True))
+
+    strategies = [s for s in PLUGINS[case.name].parameter("strategy").choices if s not in ("auto", "serial")]  # type: ignore[union-attr]
+    serial = gradients("serial")
+    assert strategies and any(g is not None and bool(g.abs().max() > 0) for g in serial)
+    for strategy in strategies:
+        for ours, theirs in zip(gradients(str(strategy)), serial, strict=True):
+            assert (ours is None) == (theirs is None)
+            assert ours is None or theirs is None or close(ours, theirs, 1e-10)
+
+
+def _doubled(batch: Episode | Batch) -> Episode | Batch:
+    if isinstance(batch, Batch):
+        return _cast(batch, torch.float64)
+    return replace(batch, support=_cast(batch.support, torch.float64), query=_cast(batch.query, torch.float64))
+
+
 @every_case
 def test_cached_features_give_the_same_answer(case: Case) -> None:
     algorithm, episode = ready(case), episodes(case)

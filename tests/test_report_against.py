@@ -73,5 +73,5 @@ def test_a_run_without_published_numbers_says_so(format):
 
 
 def test_an_unknown_format_is_named():
-    with pytest.raises(ConfigError, match="'tabel' .did you mean 'table'"):
+    with pytest.raises(ConfigError, match=r"'tabel' \(did you mean 'table'"):
         render_against(run(protonet=0.9), "tabel")
