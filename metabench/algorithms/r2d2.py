@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from metabench.algorithms.base import Learner, Schedule
-from metabench.algorithms.metric import Embedding
+from metabench.algorithms.finetune import Finetune, Finetuned
 from metabench.backbones import Backbone, make_backbone
 from metabench.episodes import Batch, Problem
 from metabench.errors import ConfigError
@@ -39,13 +39,22 @@ METABENCH = {
 }
 
 
-class R2D2(Embedding):
+class R2D2(Finetuned):
     """A ridge-regression head per task; everything is differentiated through its linear system."""
 
     def __init__(
-        self, problem: Problem, backbone: Backbone, *, ridge: float, scale: float, lr: float, schedule: Schedule
+        self,
+        problem: Problem,
+        backbone: Backbone,
+        *,
+        ridge: float,
+        scale: float,
+        lr: float,
+        schedule: Schedule,
+        finetune: Finetune,
     ) -> None:
         super().__init__(problem, backbone, lr=lr, schedule=schedule)
+        self.use(finetune)
         for name, value in (("ridge", ridge), ("scale", scale)):
             if value <= 0:
                 raise ConfigError(f"r2d2: {name} must be above 0, not {value}")
@@ -53,11 +62,15 @@ class R2D2(Embedding):
         self.scale = nn.Parameter(torch.tensor(float(scale)))
         self.bias = nn.Parameter(torch.zeros(()))
 
-    def adapt_features(self, support: Batch, *, seeds: Tensor, steps: int | None = None) -> Learner:
-        """See `FeatureMethod.adapt_features`."""
-        del seeds, steps
+    def decide(self, support: Batch) -> Learner:
+        """See `Finetuned.decide`."""
         weights = ridge_weights(support, self.log_ridge.exp())
         return lambda x: self.scale * (x @ weights) + self.bias
+
+    def linear(self, support: Batch) -> tuple[Tensor, Tensor]:
+        """See `Finetuned.linear`."""
+        weights = self.scale * ridge_weights(support, self.log_ridge.exp()).mT
+        return weights, self.bias.expand(weights.shape[:2])
 
 
 def ridge_weights(support: Batch, ridge: Tensor) -> Tensor:
@@ -77,6 +90,9 @@ def build(
     scale: float = 1.0,
     lr: float = 1e-3,
     schedule: Literal["constant", "cosine", "halving"] = "constant",
+    finetune_steps: int = 0,
+    finetune_lr: float = 0.01,
+    finetune_scope: Literal["head", "all"] = "head",
 ) -> R2D2:
     """R2-D2 for `problem`.
 
@@ -89,9 +105,13 @@ def build(
             become small (5 ways: P <= 0.4) and Adam moves it by `lr` a step: short trainings do well to start higher.
         lr: rate of Adam.
         schedule: how it moves (see `metabench.algorithms.base.schedule`).
+        finetune_steps: gradient steps on the support set in evaluation, from the ridge solution; not the paper's.
+        finetune_lr: their size.
+        finetune_scope: what they move (see `metabench.algorithms.finetune`).
 
     Raises:
         ConfigError: ridge or scale not above 0, or a backbone that does not fit the inputs.
     """
     network = make_backbone(backbone, problem.shape, norm=norm)
-    return R2D2(problem, network, ridge=ridge, scale=scale, lr=lr, schedule=schedule)
+    finetune = Finetune(steps=finetune_steps, lr=finetune_lr, scope=finetune_scope)
+    return R2D2(problem, network, ridge=ridge, scale=scale, lr=lr, schedule=schedule, finetune=finetune)
