@@ -47,7 +47,12 @@ def _norms(plugin: Plugin, problem: str) -> list[str | None]:
 
 PLUGINS = catalogue().algorithms
 REGRESSION = [p for p in catalogue().datasets.values() if p.meta["problem"] == "regression"]
-CHEAPER = {"centre_images": 64, "epochs": 50, "test_steps": 5}  # parameters that cost time and change no promise
+CHEAPER = {
+    "centre_images": 64,
+    "epochs": 50,
+    "test_steps": 5,
+    "memory_tasks": 24,
+}  # parameters that cost time and change no promise
 CASES = [Case(p.name, norm, kind) for p in PLUGINS.values() for kind in p.meta["problems"] for norm in _norms(p, kind)]
 DEFAULTS = [case for case in CASES if case.norm == getattr(PLUGINS[case.name].parameter("norm"), "default", None)]
 CLASSIFIERS = [case for case in CASES if case.problem == "classification"]

@@ -103,14 +103,18 @@ class Finetuned(Embedding):
 
     def _tune_head(self, support: Batch, start: tuple[Tensor, Tensor], steps: int) -> Learner:
         """Steps of a head on features that stay: support.x (T, n, d)."""
+        head = self.tuned(support, start, steps)
+        return lambda x: self.read(_scores(head, self.see(x)), support)
+
+    def tuned(self, support: Batch, start: tuple[Tensor, Tensor], steps: int) -> Params:
+        """The head (`weight`, `bias`) after so many steps from `start` on support.x (T, n, d)."""
         seen = self.see(support.x).detach()
 
         def loss(head: Params) -> Tensor:
             return support_loss(self.read(_scores(head, seen), support), support)
 
         together = Execution("grouped", support.tasks)
-        head = descend(together, loss, dict(zip(("weight", "bias"), start, strict=True)), self.finetune, steps)
-        return lambda x: self.read(_scores(head, self.see(x)), support)
+        return descend(together, loss, dict(zip(("weight", "bias"), start, strict=True)), self.finetune, steps)
 
     def _tune_all(self, support: Batch, steps: int) -> Learner:
         """Steps of the head and the backbone on images: support.x (T, n, *shape)."""
