@@ -68,6 +68,11 @@ class Backbone(nn.Module, ABC):
     def features(self, params: Params, x: Tensor) -> Tensor:
         """`apply_to` for those who want no statistics, which is cheaper: features (T, n, d) of x (T, n, *shape)."""
 
+    def averages(self, tasks: int) -> Stats | None:
+        """The running averages, where there are any, as the statistics of so many tasks: for `apply_to`."""
+        del tasks
+        return None
+
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, d) of x (N, *shape): ordinary batch norm when `norm` is running, else x is one task."""
         return self.features(dict(self.named_parameters()), x[None])[0]
@@ -156,6 +161,12 @@ class Conv4(Backbone):
     def features(self, params: Params, x: Tensor) -> Tensor:
         """See `Backbone.features`; exact to the second order."""
         return self._run(params, x, None, keep=False)[0]
+
+    def averages(self, tasks: int) -> Stats | None:
+        """See `Backbone.averages`."""
+        if self.norm != "running":
+            return None
+        return tuple(tuple(self.get_buffer(f"{n}{i}").expand(tasks, -1) for n in ("mean", "var")) for i in range(4))
 
     def _run(self, params: Params, x: Tensor, stats: Stats | None, *, keep: bool) -> tuple[Tensor, Stats]:
         weights = _own(params, "conv0").shape[0]

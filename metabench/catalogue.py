@@ -26,7 +26,7 @@ from metabench.errors import ConfigError, WorkerError, did_you_mean
 Value = None | bool | int | float | str
 """What a parameter may hold."""
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 """Names of algorithms, data sets, splits and suites: they stand unquoted in cell ids and as folder names."""
 
 BUDGETS = ("steps", "episodes", "images", "seconds")
@@ -273,7 +273,7 @@ def _all_of(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list | tuple) and len(value) > 0 and all(map(good, value))
 
 
-_NAMES = "letters, digits and . _ -"
+_NAMES = "letters, digits and . _ + -"
 _BOTH = {
     "kind": _Key(lambda value: value in ("algorithm", "dataset"), "'algorithm' or 'dataset'"),
     "name": _Key(_is_name, _NAMES),

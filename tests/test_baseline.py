@@ -77,9 +77,9 @@ def test_the_fit_is_torchs_sgd(
 
 
 def test_defaults_are_the_papers() -> None:
-    algorithm = make()
-    assert (algorithm.head_lr, algorithm.momentum, algorithm.dampening) == (0.01, 0.9, 0.9)
-    assert (algorithm.weight_decay, algorithm.epochs, algorithm.batch_size) == (1e-3, 100, 4)
+    fit = make().fit
+    assert (fit.lr, fit.momentum, fit.dampening) == (0.01, 0.9, 0.9)
+    assert (fit.weight_decay, fit.epochs, fit.batch_size) == (1e-3, 100, 4)
 
 
 def test_draws_depend_on_the_tasks_own_seed_alone() -> None:

@@ -42,7 +42,7 @@ class Algorithm(nn.Module, ABC):
     """
 
     feeds: ClassVar[Literal["episodes", "images"] | None] = "episodes"
-    inner_loop: ClassVar[bool] = False  # whether adaptation takes steps, so that there is a prediction before them
+    inner_loop: bool = False  # whether adaptation takes steps, so that there is a prediction before them
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()

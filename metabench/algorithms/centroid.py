@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metabench.algorithms.base import Learner, Schedule
 from metabench.algorithms.classification import Classifier
+from metabench.algorithms.finetune import Distance, Finetune, Finetuned, nearest
 from metabench.algorithms.metric import cosine, negative_sqeuclidean, prototypes, unit
 from metabench.backbones import Backbone, make_backbone
 from metabench.episodes import Batch, Problem, TaskDistribution
@@ -30,7 +31,7 @@ CHUNK = 256  # images embedded at once
 Transform = Literal["none", "l2", "cl2"]
 
 
-class Centroid(Classifier):
+class Centroid(Finetuned, Classifier):
     """SimpleShot (Wang et al. 2019): no fitting at test time; features are centred and scaled to length 1 (`cl2`).
 
     The centre is the mean feature of the training images, taken once by `prepare`.
@@ -44,13 +45,15 @@ class Centroid(Classifier):
         backbone: Backbone,
         *,
         transform: Transform,
-        distance: Literal["cosine", "sqeuclidean"],
+        distance: Distance,
         centre_images: int,
         lr: float,
         schedule: Schedule,
+        finetune: Finetune,
     ) -> None:
         super().__init__(problem, backbone, lr=lr, schedule=schedule)
         self.transform, self.distance, self.centre_images = transform, distance, centre_images
+        self.use(finetune)
         self.register_buffer("centre", torch.zeros(backbone.out_dim))
 
     @torch.no_grad()
@@ -60,12 +63,23 @@ class Centroid(Classifier):
         images = (train.images(start, min(CHUNK, self.centre_images - start)).x[0] for start in starts)
         self.centre.copy_(torch.cat([self.embed(x.to(self.centre.dtype)) for x in images]).mean(0))
 
-    def adapt_features(self, support: Batch, *, seeds: Tensor, steps: int | None = None) -> Learner:
-        """See `FeatureMethod.adapt_features`."""
-        del seeds, steps
-        centres = prototypes(replace(support, x=self._transformed(support.x)))
+    def decide(self, support: Batch) -> Learner:
+        """See `Finetuned.decide`."""
+        centres = self._centres(support)
         score = cosine if self.distance == "cosine" else negative_sqeuclidean
         return lambda x: score(self._transformed(x), centres)
+
+    def linear(self, support: Batch) -> tuple[Tensor, Tensor]:
+        """See `Finetuned.linear`."""
+        return nearest(self._centres(support), self.distance)
+
+    def see(self, x: Tensor) -> Tensor:
+        """See `Finetuned.see`."""
+        transformed = self._transformed(x)
+        return unit(transformed) if self.distance == "cosine" else transformed
+
+    def _centres(self, support: Batch) -> Tensor:
+        return prototypes(replace(support, x=self._transformed(support.x)))
 
     def _transformed(self, x: Tensor) -> Tensor:
         if self.transform == "none":
@@ -83,8 +97,14 @@ def build(
     centre_images: int = 2048,
     lr: float = 1e-3,
     schedule: Literal["constant", "cosine", "halving"] = "constant",
+    finetune_steps: int = 0,
+    finetune_lr: float = 0.01,
+    finetune_scope: Literal["head", "all"] = "head",
 ) -> Centroid:
-    """Nearest centroid on pre-trained features; the same pre-training as `baseline`."""
+    """Nearest centroid on pre-trained features; the same pre-training as `baseline`.
+
+    `finetune_*`: gradient steps on support sets in evaluation, not in the paper (see `metabench.algorithms.finetune`).
+    """
     return Centroid(
         problem,
         make_backbone(backbone, problem.shape, norm=norm),
@@ -93,4 +113,5 @@ def build(
         centre_images=centre_images,
         lr=lr,
         schedule=schedule,
+        finetune=Finetune(steps=finetune_steps, lr=finetune_lr, scope=finetune_scope),
     )

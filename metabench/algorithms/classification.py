@@ -12,7 +12,7 @@ from metabench.errors import ConfigError
 
 
 class Classifier(Embedding):
-    """Backbone and a linear layer over every class of the training subset, trained on images with Adam."""
+    """Backbone and a layer (`output`, linear) over every class of the training subset, trained on images with Adam."""
 
     feeds = "images"
 
@@ -20,7 +20,7 @@ class Classifier(Embedding):
         super().__init__(problem, backbone, lr=lr, schedule=schedule)
         if problem.classes is None:
             raise ConfigError(f"{type(self).__name__} needs a data set with classes to train on")
-        self.output = nn.Linear(backbone.out_dim, problem.classes)
+        self.output: nn.Module = nn.Linear(backbone.out_dim, problem.classes)
 
     def loss(self, batch: Episode | Batch) -> tuple[Tensor, Metrics]:
         """Mean cross-entropy over all training classes; batch x (1, n, *shape), y (1, n)."""

@@ -7,7 +7,8 @@ from typing import Literal
 from torch import Tensor
 
 from metabench.algorithms.base import Learner, Schedule
-from metabench.algorithms.metric import Embedding, cosine, negative_sqeuclidean, prototypes
+from metabench.algorithms.finetune import Distance, Finetune, Finetuned, nearest
+from metabench.algorithms.metric import cosine, negative_sqeuclidean, prototypes, unit
 from metabench.backbones import Backbone, make_backbone
 from metabench.episodes import Batch, Problem
 
@@ -24,7 +25,7 @@ METABENCH = {
 }
 
 
-class ProtoNet(Embedding):
+class ProtoNet(Finetuned):
     """Snell, Swersky, Zemel 2017: logits are minus the squared Euclidean distance to the mean support feature.
 
     The distance is squared and summed over features, not divided by their number.
@@ -35,19 +36,28 @@ class ProtoNet(Embedding):
         problem: Problem,
         backbone: Backbone,
         *,
-        distance: Literal["sqeuclidean", "cosine"],
+        distance: Distance,
         lr: float,
         schedule: Schedule,
+        finetune: Finetune | None = None,
     ) -> None:
         super().__init__(problem, backbone, lr=lr, schedule=schedule)
         self.distance = distance
+        self.use(finetune or Finetune())
 
-    def adapt_features(self, support: Batch, *, seeds: Tensor, steps: int | None = None) -> Learner:
-        """See `FeatureMethod.adapt_features`."""
-        del seeds, steps
+    def decide(self, support: Batch) -> Learner:
+        """See `Finetuned.decide`."""
         centres = prototypes(support)
         score = negative_sqeuclidean if self.distance == "sqeuclidean" else cosine
         return lambda x: score(x, centres)
+
+    def linear(self, support: Batch) -> tuple[Tensor, Tensor]:
+        """See `Finetuned.linear`."""
+        return nearest(prototypes(support), self.distance)
+
+    def see(self, x: Tensor) -> Tensor:
+        """See `Finetuned.see`."""
+        return x if self.distance == "sqeuclidean" else unit(x)
 
 
 def build(
@@ -58,7 +68,14 @@ def build(
     distance: Literal["sqeuclidean", "cosine"] = "sqeuclidean",
     lr: float = 1e-3,
     schedule: Literal["constant", "cosine", "halving"] = "constant",
+    finetune_steps: int = 0,
+    finetune_lr: float = 0.01,
+    finetune_scope: Literal["head", "all"] = "head",
 ) -> ProtoNet:
-    """Prototypical networks; the paper halves the learning rate every 2000 episodes (`schedule="halving"`)."""
+    """Prototypical networks; the paper halves the learning rate every 2000 episodes (`schedule="halving"`).
+
+    `finetune_*`: gradient steps on support sets in evaluation, not in the paper (see `metabench.algorithms.finetune`).
+    """
     network = make_backbone(backbone, problem.shape, norm=norm)
-    return ProtoNet(problem, network, distance=distance, lr=lr, schedule=schedule)
+    finetune = Finetune(steps=finetune_steps, lr=finetune_lr, scope=finetune_scope)
+    return ProtoNet(problem, network, distance=distance, lr=lr, schedule=schedule, finetune=finetune)
