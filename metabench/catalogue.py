@@ -27,7 +27,10 @@ Value = None | bool | int | float | str
 """What a parameter may hold."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-"""Names of algorithms, data sets, splits and suites: they stand unquoted in cell ids and as folder names."""
+"""Names of suites, which are folder names."""
+
+PLUGIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+"""Names of algorithms, data sets and splits (maml++): they stand unquoted in cell ids."""
 
 BUDGETS = ("steps", "episodes", "images", "seconds")
 TRAIN_KEYS = ("ways", "shots", "queries", "tasks", "batch", *BUDGETS)
@@ -262,7 +265,7 @@ class _Key(NamedTuple):
 
 
 def _is_name(value: object) -> bool:
-    return isinstance(value, str) and NAME.fullmatch(value) is not None
+    return isinstance(value, str) and PLUGIN_NAME.fullmatch(value) is not None
 
 
 def _is_count(value: object) -> bool:
@@ -273,7 +276,7 @@ def _all_of(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list | tuple) and len(value) > 0 and all(map(good, value))
 
 
-_NAMES = "letters, digits and . _ -"
+_NAMES = "letters, digits and . _ + -"
 _BOTH = {
     "kind": _Key(lambda value: value in ("algorithm", "dataset"), "'algorithm' or 'dataset'"),
     "name": _Key(_is_name, _NAMES),
