@@ -26,11 +26,8 @@ from metabench.errors import ConfigError, WorkerError, did_you_mean
 Value = None | bool | int | float | str
 """What a parameter may hold."""
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-"""Names of suites, which are folder names."""
-
-PLUGIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
-"""Names of algorithms, data sets and splits (maml++): they stand unquoted in cell ids."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+"""Names of algorithms, data sets, splits and suites: they stand unquoted in cell ids and as folder names."""
 
 BUDGETS = ("steps", "episodes", "images", "seconds")
 TRAIN_KEYS = ("ways", "shots", "queries", "tasks", "batch", *BUDGETS)
@@ -265,7 +262,7 @@ class _Key(NamedTuple):
 
 
 def _is_name(value: object) -> bool:
-    return isinstance(value, str) and PLUGIN_NAME.fullmatch(value) is not None
+    return isinstance(value, str) and NAME.fullmatch(value) is not None
 
 
 def _is_count(value: object) -> bool:

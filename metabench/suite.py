@@ -154,7 +154,8 @@ def _check_name(document: Document, entry: SuiteEntry) -> None:
     name = entry.suite or document.file.stem
     shipped = shipped_suites().get(name)
     if not NAME.fullmatch(name):
-        document.report(("suite",), f"{name!r} cannot be a suite's name: add 'suite: NAME' (letters, digits and . _ -)")
+        fix = "add 'suite: NAME' (letters, digits and . _ + -)"
+        document.report(("suite",), f"{name!r} cannot be a suite's name: {fix}")
     elif shipped is not None and shipped.read_bytes() != document.file.read_bytes():
         document.report(("suite",), f"{name!r} is a suite that comes with metabench: add 'suite: ANOTHER-NAME'")
 

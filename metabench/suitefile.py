@@ -403,7 +403,7 @@ _WANTED = {
     "greater_than_equal": "at least {ge}",
     "less_than_equal": "at most {le}",
     "literal_error": "{expected}",
-    "string_pattern_mismatch": "letters, digits and . _ -",
+    "string_pattern_mismatch": "letters, digits and . _ + -",
 }
 
 
