@@ -109,7 +109,7 @@ class Conv4(Backbone):
 
     `pool="max"`: pooled (28 -> 14 -> 7 -> 3 -> 1: 64 features). `pool="stride"`: stride-2 convolutions, no pooling
     (28 -> 14 -> 7 -> 4 -> 2), flattened to 256 features (Reptile) or, with `average`, the mean over 2x2: 64 (MAML).
-    The pooling stands before the ReLU: equal, since both are monotone, and cheaper.
+    The pooling stands before the ReLU: equal, since both are monotone, and cheaper. With a `slope` it is leaky.
     """
 
     def __init__(
@@ -123,9 +123,10 @@ class Conv4(Backbone):
         eps: float = 1e-5,
         gamma: bool = True,
         glorot: bool = False,
+        slope: float = 0.0,
     ) -> None:
         super().__init__(norm)
-        self.pool, self.average, self.eps = pool, average, eps
+        self.pool, self.average, self.eps, self.slope = pool, average, eps, slope
         channels, side = shape[0], shape[-1]
         for i in range(4):
             self._add_block(i, channels if i == 0 else filters, filters, gamma=gamma, glorot=glorot)
@@ -226,7 +227,8 @@ class Conv4(Backbone):
         return convolve(h, weight, bias, stride=self.stride)
 
     def _shrink(self, h: Tensor) -> Tensor:
-        return F.relu(max_pool(h) if self.pool == "max" else h)
+        h = max_pool(h) if self.pool == "max" else h
+        return F.leaky_relu(h, self.slope) if self.slope else F.relu(h)
 
     def _flatten(self, h: Tensor) -> Tensor:
         """h (S, N, H, W, C) -> features (S, N, d), channels before pixels."""
@@ -354,6 +356,11 @@ class Network(nn.Module):
         """Outputs (T, n, outputs) of images x (T, n, *shape) normalised by their own statistics."""
         return self._answer(params, self.backbone.features(_strip(params, "backbone."), x))
 
+    def with_stats(self, params: Params, x: Tensor) -> tuple[Tensor, Stats]:
+        """`on_support`, and the statistics that normalised x."""
+        features, stats = self.backbone.apply_to(_strip(params, "backbone."), x)
+        return self._answer(params, features), stats
+
     def support_stats(self, params: Params, x: Tensor) -> Stats:
         """The statistics of support images x (T, n, *shape) if queries are normalised with them, else ()."""
         if self.backbone.norm not in ("support", "tasknorm"):
@@ -390,8 +397,10 @@ def make_backbone(
     eps: float = 1e-5,
     gamma: bool = True,
     glorot: bool = False,
+    filters: int = 64,
+    slope: float = 0.0,
 ) -> Backbone:
-    """The backbone called `name` for inputs of `shape`.
+    """The backbone called `name` for inputs of `shape`; all but `norm` is for convolutions (see `Conv4`).
 
     Raises:
         ConfigError: an unknown name, or images for an MLP / vectors for a convolution.
@@ -406,6 +415,16 @@ def make_backbone(
     else:
         pool: Literal["max", "stride"] = "max" if name == "conv4" else "stride"
         average = name == "conv4-strided"
-        network = Conv4(shape, norm=norm, pool=pool, average=average, eps=eps, gamma=gamma, glorot=glorot)
+        network = Conv4(
+            shape,
+            norm=norm,
+            pool=pool,
+            average=average,
+            filters=filters,
+            eps=eps,
+            gamma=gamma,
+            glorot=glorot,
+            slope=slope,
+        )
     network.name = name
     return network

@@ -98,18 +98,20 @@ def query_loss(problem: Problem, output: Tensor, query: Batch) -> tuple[Tensor, 
 
 
 def schedule(
-    optimizer: torch.optim.Optimizer, kind: Schedule, total_steps: int
+    optimizer: torch.optim.Optimizer, kind: Schedule, total_steps: int, *, floor: float = 0.0
 ) -> torch.optim.lr_scheduler.LambdaLR | None:
     """How the learning rate moves: not at all, along half a cosine to 0 at `total_steps`, or halved every 2000 steps.
 
-    In closed form of the step, so that a resumed training sees exactly the rates of an uninterrupted one.
+    The cosine ends at the share `floor` of the first rate. In closed form of the step, so that a resumed training sees
+    exactly the rates of an uninterrupted one.
     """
     if kind == "constant":
         return None
     if kind == "halving":
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 ** (step // HALVE_EVERY))
+    swing = (1 - floor) / 2
     return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * min(step / max(total_steps, 1), 1.0))
+        optimizer, lambda step: floor + swing + swing * math.cos(math.pi * min(step / max(total_steps, 1), 1.0))
     )
 
 

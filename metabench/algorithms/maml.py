@@ -10,6 +10,7 @@ network evaluated with them answers at chance level (Bronskill et al. 2020, Tabl
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -35,7 +36,7 @@ METABENCH = {
 
 NOT_ADAPTED = ("beta", "gamma", "scale", "offset")  # parameters of normalisation layers
 InnerLoss = Literal["per_class_sum", "mean"]
-HeadInit = Literal["normal", "zero"]
+HeadInit = Literal["normal", "xavier", "zero"]
 RATE_ON_MEAN = 2.0  # of the paper's inner step, for 5 ways (0.4 on the sum over classes) and 20 (0.1) alike
 
 
@@ -79,8 +80,11 @@ class Maml(Algorithm):
 
         fast, stats = execution.map(learn, support.x, support.y)
 
+        def answer(fast: Params, stats: Stats, support: Tensor, x: Tensor) -> Tensor:
+            return self._answer(fast, stats, support, x, steps=count)
+
         def predict(x: Tensor) -> Tensor:
-            answers: Tensor = self._execution(x).map(self._answer, fast, stats, support.x, x)
+            answers: Tensor = self._execution(x).map(answer, fast, stats, support.x, x)
             return answers
 
         return predict
@@ -126,17 +130,40 @@ class Maml(Algorithm):
 
     def _learn(self, execution: Execution, x: Tensor, y: Tensor, steps: int) -> tuple[Params, Stats]:
         """Some tasks: their adapted parameters, and the statistics of their support sets under them."""
+        *_, fast = self._descend(execution, x, y, steps)
+        return fast, self._stats(fast, x, steps)
+
+    def _descend(self, execution: Execution, x: Tensor, y: Tensor, steps: int) -> Iterator[Params]:
+        """Some tasks: what is adapted of their parameters, before the first and after each of the inner steps."""
         params: Params = dict(self.network.named_parameters())
-        slow = {name: value for name, value in params.items() if name not in self.adapted}
         fast = per_task({name: params[name] for name in self.adapted}, len(x))
+        yield fast
+        for step in range(steps):
 
-        def loss(fast: Params) -> Tensor:
-            return self._support_loss(self.network.on_support(fast | slow, x), y)
+            def loss(fast: Params, step: int = step) -> Tensor:
+                return self._support_loss(self.network.on_support(self._all(fast, step), x), y)
 
-        for _ in range(steps):
-            gradient = execution.gradient(loss, fast, second_order=self.second_order)
-            fast = {n: torch.sub(value, gradient[n], alpha=self.inner_lr) for n, value in fast.items()}
-        return fast, self.network.support_stats(fast | slow, x)
+            gradient = execution.gradient(loss, fast, second_order=self._differentiates())
+            fast = {n: self._moved(n, value, gradient[n], step) for n, value in fast.items()}
+            yield fast
+
+    def _differentiates(self) -> bool:
+        """Whether the outer gradient goes through the inner gradients."""
+        return self.second_order
+
+    def _moved(self, name: str, value: Tensor, gradient: Tensor, step: int) -> Tensor:
+        """A parameter (T, ...) of some tasks after inner step number `step`."""
+        del name, step  # one rate for all
+        return torch.sub(value, gradient, alpha=self.inner_lr)
+
+    def _all(self, fast: Params, step: int) -> Params:
+        """All parameters of the network in its pass number `step`, from those that are adapted."""
+        del step  # the others are the same in every pass
+        return dict(self.network.named_parameters()) | fast
+
+    def _stats(self, fast: Params, x: Tensor, steps: int) -> Stats:
+        """The statistics of some tasks' support sets x after `steps` inner steps, if queries need them."""
+        return self.network.support_stats(self._all(fast, last_pass(steps)), x)
 
     def _support_loss(self, output: Tensor, y: Tensor) -> Tensor:
         """The losses of the tasks' support sets, summed; `per_class_sum` is the cross-entropy's sum over K, ways times
@@ -150,9 +177,14 @@ class Maml(Algorithm):
         scale = output.shape[-1] if self.inner_loss == "per_class_sum" else 1
         return F.cross_entropy(output.flatten(0, 1), y.flatten(), reduction="sum") * (scale / output.shape[1])
 
-    def _answer(self, fast: Params, stats: Stats, support: Tensor, x: Tensor) -> Tensor:
-        """Some tasks: outputs (t, m, ways | d) of their queries x (t, m, *shape)."""
-        return self.network.on_query(dict(self.network.named_parameters()) | fast, x, support, stats)
+    def _answer(self, fast: Params, stats: Stats, support: Tensor, x: Tensor, *, steps: int) -> Tensor:
+        """Some tasks: outputs (t, m, ways | d) of their queries x (t, m, *shape) after `steps` inner steps."""
+        return self.network.on_query(self._all(fast, last_pass(steps)), x, support, stats)
+
+
+def last_pass(steps: int) -> int:
+    """The pass whose own parameters, where a method has such, also belong to the queries after `steps` steps."""
+    return max(steps - 1, 0)
 
 
 def build(
@@ -226,21 +258,32 @@ def assemble(
     strategy: Choice,
 ) -> Maml:
     """What MAML and first-order MAML are both built by: defaults that depend on the problem, and initialisation."""
-    regression = problem.loss == "mse"
-    if backbone == "auto":
-        backbone = "conv4-strided" if len(problem.shape) == 3 else "mlp"
     return Maml(
         problem,
-        make_network(problem, backbone, norm, head_init),
+        make_network(problem, default_backbone(problem, backbone), norm, head_init),
         strategy=strategy,
         second_order=second_order,
-        steps=(steps[0], steps[1] if steps[1] is not None else 10 if regression else 3),
+        steps=(steps[0], default_steps(problem, steps[1])),
         inner_lr=inner_lr if inner_lr is not None else default_rate(problem, inner_loss),
         inner_loss=inner_loss,
         adapt_norm=adapt_norm,
         lr=lr,
         schedule=schedule,
     )
+
+
+def default_backbone(problem: Problem, backbone: str, *, images: str = "conv4-strided") -> str:
+    """What `auto` stands for: the paper's network for the problem."""
+    if backbone != "auto":
+        return backbone
+    return images if len(problem.shape) == 3 else "mlp"
+
+
+def default_steps(problem: Problem, steps: int | None) -> int:
+    """The inner steps in evaluation: what was asked for, or the paper's."""
+    if steps is not None:
+        return steps
+    return 10 if problem.loss == "mse" else 3
 
 
 def default_rate(problem: Problem, inner_loss: InnerLoss) -> float:
@@ -250,13 +293,22 @@ def default_rate(problem: Problem, inner_loss: InnerLoss) -> float:
     return RATE_ON_MEAN / problem.ways if inner_loss == "per_class_sum" else 0.4
 
 
-def make_network(problem: Problem, backbone: str, norm: Norm, head_init: HeadInit) -> Network:
+def make_network(
+    problem: Problem, backbone: str, norm: Norm, head_init: HeadInit, *, gamma: bool = False, slope: float = 0.0
+) -> Network:
     """The paper's network for `problem`, initialised as its code does (vectors: as PyTorch does)."""
-    body = make_backbone(backbone, problem.shape, norm=norm, eps=1e-3, gamma=False, glorot=True)
+    body = make_backbone(backbone, problem.shape, norm=norm, eps=1e-3, gamma=gamma, glorot=True, slope=slope)
     network = Network(body, problem.ways if problem.ways is not None else problem.outputs)
     if len(problem.shape) == 3:
         nn.init.normal_(network.head.weight)
         nn.init.zeros_(network.head.bias)
     if head_init == "zero":
         nn.init.zeros_(network.head.weight)
+    if head_init == "xavier":
+        nn.init.xavier_uniform_(network.head.weight)
     return network
+
+
+def flat(name: str) -> str:
+    """A parameter's name as one that PyTorch takes for a parameter of its own."""
+    return name.replace(".", "_")
