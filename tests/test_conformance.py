@@ -22,7 +22,7 @@ from metabench.catalogue import Plugin, catalogue
 from metabench.episodes import Batch, Episode, ImageData, Problem, TaskDistribution
 
 WAYS, SHOTS, QUERIES, TASKS = 3, 2, 1, 2
-FITS_A_HEAD = {"baseline", "maml", "fomaml", "reptile"}
+FITS_A_HEAD = {"baseline", "maml", "fomaml", "metanet", "reptile"}
 """Whose answer starts from initial output weights: labels are not interchangeable, and zero steps mean chance."""
 
 
