@@ -20,6 +20,7 @@ from metabench.errors import ConfigError
 
 WAYS, SIDE = 3, 20  # 20 -> 10 -> 5 -> 3 -> 2 -> 1: odd sides, where floor and ceil differ
 PROBLEM = Problem(shape=(1, SIDE, SIDE), loss="cross_entropy", ways=WAYS)
+SPREAD = 0.2  # of the generators' parameters
 Weights = dict[str, Tensor]
 
 
@@ -36,13 +37,13 @@ def episode(*, tasks: int = 2, shots: int = 1, queries: int = 2, side: int = SID
 
 def small(**params: Any) -> MetaNet:
     """Few filters, weights so large that every part matters to the answer, and a draw that leaves no layer dead."""
-    torch.manual_seed(46)
-    model = build(PROBLEM, **({"filters": 4, "init": "lecun"} | params)).double()
+    torch.manual_seed(71)
+    model = build(PROBLEM, **({"filters": 4} | params)).double()
     with torch.no_grad():
-        for parameter in (*model.base.parameters(), *model.key.parameters()):
-            parameter.mul_(1.6)
+        for weight in (*model.base.parameters(), *model.key.parameters()):
+            weight.normal_(std=1.6 * weight[0].numel() ** -0.5)
         for parameter in (*model.task.parameters(), *model.example.parameters()):
-            parameter.uniform_(-0.5, 0.5)
+            parameter.uniform_(-SPREAD, SPREAD)
     return model
 
 
@@ -66,7 +67,9 @@ def plain_network(x: Tensor, slow: Weights, fast: Weights, *, key: bool = False)
 def plain_gradient(slow: Weights, names: list[str], x: Tensor, y: Tensor) -> Weights:
     """Of the mean loss of some examples, one after the other."""
     leaves = {name: value.detach().clone().requires_grad_() for name, value in slow.items()}
-    losses = [F.cross_entropy(plain_network(one[None], leaves, {}), label[None]) for one, label in zip(x, y, strict=True)]
+    losses = [
+        F.cross_entropy(plain_network(one[None], leaves, {}), label[None]) for one, label in zip(x, y, strict=True)
+    ]
     values = torch.autograd.grad(torch.stack(losses).mean(), [leaves[name] for name in names])
     return dict(zip(names, values, strict=True))
 
@@ -230,11 +233,10 @@ def test_many_coordinates_are_generated_in_parts(monkeypatch: pytest.MonkeyPatch
             assert torch.equal(generate(generator, gradients), made)
 
 
-@pytest.mark.parametrize("init", ["uniform", "lecun"])
 @pytest.mark.parametrize("augment", ["all", "last"])
-def test_no_explosion_at_the_start(init: str, augment: str) -> None:
+def test_no_explosion_at_the_start(augment: Literal["all", "last"]) -> None:
     torch.manual_seed(0)
-    model = build(Problem((1, 28, 28), "cross_entropy", WAYS), init=init, augment=augment)  # type: ignore[arg-type]
+    model = build(Problem((1, 28, 28), "cross_entropy", WAYS), augment=augment)
     data = episode(tasks=1, side=28)
     support, query = (Batch(part.x.float(), part.y, WAYS) for part in (data.support, data.query))
     with torch.no_grad():
@@ -266,8 +268,6 @@ def test_the_network_is_the_papers() -> None:
     assert {tuple(p.shape) for p in model.base.parameters() if p.dim() == 2} == {(64, 64), (5, 64)}
     assert float(model.base.conv1.detach().abs().max()) <= 0.1
     assert float(model.base.conv1.detach().std()) == pytest.approx(0.1 / 3**0.5, rel=0.05)
-    lecun = build(Problem((1, 28, 28), "cross_entropy", 5), init="lecun")
-    assert float(lecun.base.conv0.detach().std()) == pytest.approx(1 / 3, rel=0.2)
     mini = build(Problem((3, 84, 84), "cross_entropy", 5), filters=32, augment="last")
     assert mini.base.hidden.shape == (288, 288)  # as in the authors' code
 

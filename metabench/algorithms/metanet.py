@@ -13,8 +13,8 @@ Where paper and code differ, or say nothing:
   gradients; so for five examples each is a group. Here the groups are drawn by the task's seed;
 - `augment="last"`: the paper says that mini-ImageNet's model augments the last three layers, and that is what is done
   here (last convolution and both fully connected layers); the code there augments the last but one convolution too;
-- initialisation is U(-0.1, 0.1) as in the paper, but the generators' last layers start near zero (N(0, 0.01)), or else
-  the first losses are of the order of 1e9;
+- initialisation is U(-0.1, 0.1) as in the paper (the code: Chainer's defaults), but the generators' last layers start
+  near zero, N(0, 0.01), for otherwise their weights, which nothing scales, make the first losses explode;
 - the gradient's size is max(log|g| / p, -1), without the code's machine epsilon inside the logarithm.
 """
 
@@ -58,7 +58,6 @@ FEW = 4  # input channels up to which a convolution is cheaper unfolded
 TOGETHER = 4  # how much cheaper a product is in one large matrix product than in many small ones
 
 Augment = Literal["all", "last"]
-Init = Literal["uniform", "lecun"]
 Source = Callable[[str, Tensor], Tensor]
 """A layer's name and its input h (B, n, ...) -> what one set of weights makes of it, before any ReLU."""
 
@@ -66,18 +65,13 @@ Source = Callable[[str, Tensor], Tensor]
 class Layers(nn.Module):
     """The weights of a network: five 3x3 convolutions, a fully connected layer as wide as its input, an output."""
 
-    def __init__(self, shape: tuple[int, ...], *, filters: int, ways: int, init: Init) -> None:
+    def __init__(self, shape: tuple[int, ...], *, filters: int, ways: int) -> None:
         super().__init__()
         channels, *sides = shape
         features = filters * math.prod(math.ceil(side / 2**5) for side in sides)
         shapes = [(filters, channels if i == 0 else filters, 3, 3) for i in range(5)]
         for name, size in zip(LAYERS, [*shapes, (features, features), (ways, features)], strict=True):
-            weight = torch.empty(size)
-            if init == "uniform":
-                nn.init.uniform_(weight, -0.1, 0.1)
-            else:
-                nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
-            self.register_parameter(name, nn.Parameter(weight))
+            self.register_parameter(name, nn.Parameter(torch.empty(size).uniform_(-0.1, 0.1)))
 
     def shared(self) -> Params:
         """The weights with an axis of one set."""
@@ -257,7 +251,6 @@ class MetaNet(Algorithm):
         task_weights: bool,
         task_steps: int,
         filters: int,
-        init: Init,
         lr: float,
         schedule: Schedule,
     ) -> None:
@@ -267,8 +260,8 @@ class MetaNet(Algorithm):
         for name, value in (("task_steps", task_steps), ("filters", filters)):
             if value < 1:
                 raise ConfigError(f"metanet: {name} must be at least 1, not {value}")
-        self.base = Layers(problem.shape, filters=filters, ways=problem.ways, init=init)
-        self.key = Layers(problem.shape, filters=filters, ways=problem.ways, init=init)
+        self.base = Layers(problem.shape, filters=filters, ways=problem.ways)
+        self.key = Layers(problem.shape, filters=filters, ways=problem.ways)
         self.example = nn.ModuleDict({"conv": ExampleGenerator(), "full": ExampleGenerator()})
         self.task = nn.ModuleDict({"conv": TaskGenerator(), "full": TaskGenerator()} if task_weights else {})
         first = 0 if augment == "all" else len(LAYERS) - LAST
@@ -355,7 +348,6 @@ def build(
     task_weights: bool = True,
     task_steps: int = 5,
     filters: int = 64,
-    init: Literal["uniform", "lecun"] = "uniform",
     lr: float = 1e-3,
     schedule: Literal["constant", "cosine", "halving"] = "constant",
 ) -> MetaNet:
@@ -367,7 +359,6 @@ def build(
         task_weights: whether the representation learner has fast weights; false is the paper's MetaNet-.
         task_steps: steps of the LSTM that makes them, at most: the support set is taken in so many groups.
         filters: of every convolution; the paper has 64 for Omniglot and 32 for mini-ImageNet.
-        init: of the slow weights: U(-0.1, 0.1) as in the paper, or N(0, 1 / inputs) as in its code.
         lr: Adam's rate.
         schedule: how it moves; the paper's is constant.
 
@@ -380,7 +371,6 @@ def build(
         task_weights=task_weights,
         task_steps=task_steps,
         filters=filters,
-        init=init,
         lr=lr,
         schedule=schedule,
     )
