@@ -22,7 +22,7 @@ from metabench.catalogue import Plugin, catalogue
 from metabench.episodes import Batch, Episode, ImageData, Problem, TaskDistribution
 
 WAYS, SHOTS, QUERIES, TASKS = 3, 2, 1, 2
-FITS_A_HEAD = {"baseline", "baseline++", "fomaml", "maml", "maml++", "meta-sgd", "reptile", "scratch"}
+FITS_A_HEAD = {"baseline", "baseline++", "fomaml", "maml", "maml++", "meta-sgd", "metanet", "reptile", "scratch"}
 """Whose answer starts from initial output weights: labels are not interchangeable, and zero steps mean chance."""
 
 
