@@ -43,6 +43,7 @@ class Algorithm(nn.Module, ABC):
 
     feeds: ClassVar[Literal["episodes", "images"] | None] = "episodes"
     inner_loop: ClassVar[bool] = False  # whether adaptation takes steps, so that there is a prediction before them
+    plateau: ClassVar[bool] = False  # whether a training answers at chance for its first hundreds or thousands of steps
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()
