@@ -53,7 +53,7 @@ def answer(algorithm: Any, one: Episode) -> Tensor:
 
 
 class Slow:
-    """One sequence, one number at a time where it matters: section "step equations" in the order of tristandeleu's code."""
+    """One sequence, one number at a time where it matters: the step equations in order."""
 
     def __init__(self, algorithm: Mann) -> None:
         self.a = a = algorithm

@@ -1,16 +1,15 @@
 """LSTM baseline: a plain LSTM that is shown a task's examples with their labels one step late.
 
-The network that MANN (Santoro et al. 2016) is compared with: the same controller, without memory, and the softmax layer on
-its hidden state. Settled as the reference implementation snowkylin/ntm has it: 200 units in one layer, forget bias 1
-(TensorFlow's default there), Glorot uniform weights, Adam 1e-3, 16 tasks a step, images divided by their maximum. The paper's own
-optimiser settings are not verified.
+The network that MANN (Santoro et al. 2016) is compared with: the same controller without memory, and the softmax
+layer on its hidden state. Settled as the reference implementation snowkylin/ntm has it: 200 units in one layer, forget
+bias 1 (TensorFlow's default there), Glorot uniform weights, Adam 1e-3, 16 tasks a step, images divided by their
+maximum. The paper's own optimiser settings are not verified.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from metabench.algorithms.sequence import SequenceLearner, State

@@ -4,16 +4,17 @@ Santoro, Bartunov, Botvinick, Wierstra and Lillicrap 2016, "One-shot Learning wi
 (least recently used access, LRUA). The paper leaves details open; settled here as its reference implementation
 tristandeleu/ntm-one-shot (mann/model.py) has them, with the differences of snowkylin/ntm as parameters:
 - LSTM of 200 units, 128 slots of 40 numbers, 4 read heads = 4 write heads, usage decay 0.95;
-- each head writes a vector of its own, a = tanh(W_a h), as in both implementations (`written="own"`; the paper's text
-  writes the key, `"key"`);
-- head j writes to the j-th least used slot (`write_to="one"`; in the paper's formula and snowkylin/ntm every head writes
-  to all of the n least used, `"all"`). Exactly n slots: the formula's "at most the n-th smallest" would take every
-  untouched slot, which all tie at the start; ties go to the lower slot;
-- read weights by the cosine to the memory after writing (`read_weights="after"`; snowkylin/ntm: `"before"`), not sharpened.
-The cosine has an epsilon (1e-8 on squared lengths): an untouched slot (1e-6) resembles nothing, as there (1e-6 on the product).
-Initial state: memory 1e-6, read weights and usage one-hot at slot 0, all else 0. Adam 1e-3 and 16 tasks a step as in both
-implementations; the paper's own optimiser settings are not verified. Images are divided by their maximum (snowkylin/ntm);
-the paper's are 20x20 (`image_size=20`), here they are taken as they come.
+- each head writes a vector of its own, a = tanh(W_a h), as in both implementations (`written="own"`; the paper's
+  text writes the key, `"key"`);
+- head j writes to the j-th least used slot (`write_to="one"`; in the paper's formula and snowkylin/ntm every head
+  writes to all of the n least used, `"all"`). Exactly n slots: the formula's "at most the n-th smallest" would take
+  every untouched slot, which all tie at the start; ties go to the lower slot;
+- read weights by the cosine to the memory after writing (`read_weights="after"`; snowkylin/ntm: `"before"`), not
+  sharpened. The cosine has an epsilon (1e-8 on squared lengths), so that an untouched slot (1e-6) resembles nothing,
+  as there (1e-6 on the product of squared lengths).
+Initial state: memory 1e-6, read weights and usage one-hot at slot 0, all else 0. Adam 1e-3 and 16 tasks a step as in
+both implementations; the paper's own optimiser settings are not verified. Images are divided by their maximum
+(snowkylin/ntm); the paper's are 20x20 (`image_size=20`), here they are taken as they come.
 """
 
 from __future__ import annotations
@@ -52,7 +53,11 @@ UNTOUCHED = 1e-6  # what every slot of the memory holds at the start
 
 @dataclass(frozen=True)
 class _Written:
-    """T memories (T, slots, width), each in m versions: `write` (T, m, heads, slots) of `content` (T, m, heads, width) added."""
+    """T memories (T, slots, width), each in m versions.
+
+    A version adds `content` (T, m, heads, width) with the weights `write` (T, m, heads, slots). It is never written out
+    to be read: m queries of a task need no m memories.
+    """
 
     memory: Tensor
     write: Tensor
@@ -72,12 +77,12 @@ class _Written:
 
     def read(self, weights: Tensor) -> Tensor:
         """The slots' content, weighted (T, m, heads, slots): vectors (T, m, heads, width)."""
-        old = (weights.flatten(1, 2) @ self.memory).unflatten(1, weights.shape[1:3])
+        old = (weights.flatten(1, 2) @ self.memory).reshape(*weights.shape[:3], -1)
         return old + weights @ self.write.mT @ self.content
 
     def _with_memory(self, vectors: Tensor) -> Tensor:
         """Products of vectors (T, m, heads, width) and slots: (T, m, heads, slots)."""
-        return (vectors.flatten(1, 2) @ self.memory.mT).unflatten(1, vectors.shape[1:3])
+        return (vectors.flatten(1, 2) @ self.memory.mT).reshape(*vectors.shape[:3], -1)
 
 
 class Mann(SequenceLearner):
@@ -136,11 +141,7 @@ class Mann(SequenceLearner):
         return zeros, zeros, reads, memory, first[:, None, None].expand(-1, 1, self.heads, -1), first
 
     def step(self, drive: Tensor, state: State, *, last: bool = False) -> State:
-        """See `SequenceLearner.step`.
-
-        The memory after writing is `kept` and a product of two small matrices, (slots, heads) and (heads, width): what is
-        read of it is worked out from these, so that queries of a task need no memory of their own.
-        """
+        """See `SequenceLearner.step`."""
         memory, read, usage = state[3:]
         hidden, cell = self.controller(drive, state)
         key, gate, *more = self.head(hidden).unflatten(-1, (self.heads, -1)).split(self.parts, dim=-1)

@@ -21,7 +21,7 @@ from metabench.errors import ConfigError
 
 Scale = Literal["max", "none"]
 State = tuple[Tensor, ...]
-"""What a network remembers of T sequences: tensors (T, ...), its controller's hidden and cell state (T, 1, units) first.
+"""What a network remembers of T sequences: tensors (T, ...), hidden and cell state (T, 1, units) of its LSTM first.
 
 Where several examples are tried as the next one, m instead of 1."""
 
@@ -84,10 +84,10 @@ class SequenceLearner(Algorithm):
 
     @abstractmethod
     def step(self, drive: Tensor, state: State, *, last: bool = False) -> State:
-        """The state after one more example of each sequence, given what the example adds to the gates (T, 1, 4 units).
+        """The state after one more example of each sequence, given what that adds to the gates (T, 1, 4 units).
 
-        With `last` each of m examples (T, m, 4 units) is taken as the next one, and nothing follows: only what `exposed`
-        reads of the state is needed.
+        With `last` each of m examples (T, m, 4 units) is taken as the next one, and nothing follows: only what
+        `exposed` reads of the state is needed.
         """
 
     @abstractmethod
@@ -141,7 +141,7 @@ class SequenceLearner(Algorithm):
     def _prepared(self, x: Tensor) -> Tensor:
         """Inputs (T, n, *shape) as the network sees them: (T, n, pixels)."""
         if self.image_size is not None:
-            x = F.adaptive_avg_pool2d(x.flatten(0, 1), self.image_size).unflatten(0, x.shape[:2])
+            x = F.adaptive_avg_pool2d(x.flatten(0, 1), self.image_size).reshape(*x.shape[:2], -1)
         flat = x.flatten(2)
         if self.scale == "none":
             return flat
