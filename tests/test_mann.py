@@ -19,7 +19,7 @@ from metabench.algorithms.base import query_loss
 from metabench.algorithms.mann import Mann
 from metabench.algorithms.metric import UNIT_EPS
 from metabench.algorithms.sequence import in_random_order, previous
-from metabench.episodes import Batch, Episode, Problem
+from metabench.episodes import Batch, Episode, Problem, Stream
 from metabench.errors import ConfigError
 
 PROBLEM = Problem(shape=(1, 4, 4), loss="cross_entropy", ways=3, classes=9)
@@ -242,6 +242,42 @@ def test_labels_are_interchangeable_with_their_weights(module: Any) -> None:
     other = replace(one, support=replace(one.support, y=order[one.support.y]))
     assert torch.allclose(answer(renamed, other)[..., order], answer(algorithm, one), rtol=1e-12)
     assert not torch.allclose(answer(algorithm, other)[..., order], answer(algorithm, one), rtol=1e-3)
+
+
+def stream(seed: int, *, tasks: int = 2, length: int = 9) -> Stream:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.rand(tasks, length, 1, 4, 4, generator=g, dtype=torch.float64)
+    y = torch.randint(3, (tasks, length), generator=g)
+    return Stream(x, y, 3, torch.zeros(tasks, dtype=torch.int64))
+
+
+def test_following_a_stream_is_the_equations_step_by_step() -> None:
+    algorithm, one = make(), stream(5)
+    logits = algorithm.follow(one)
+    for t in range(2):
+        network, label = Slow(algorithm), None
+        for step in range(9):
+            expected = network.show(one.x[t, step], label)
+            label = int(one.y[t, step])
+            assert torch.allclose(logits[t, step], expected, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("module", [mann, lstm_baseline])
+def test_an_answer_in_a_stream_knows_the_labels_before_it_and_no_others(module: Any) -> None:
+    algorithm, one = make(module), stream(6)
+    logits = algorithm.follow(one)
+    for step in range(9):
+        y = one.y.clone()
+        y[:, step] = (y[:, step] + 1) % 3
+        changed = (algorithm.follow(replace(one, y=y)) - logits).abs().amax((0, 2)) > 1e-9
+        assert changed.tolist() == [False] * (step + 1) + [True] * (8 - step)
+
+
+def test_training_on_streams_counts_every_step() -> None:
+    algorithm, one = make(), stream(7)
+    loss, metrics = algorithm.loss(one)
+    expected = -algorithm.follow(one).log_softmax(-1).gather(-1, one.y[..., None]).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12) and set(metrics) == {"loss", "accuracy"}
 
 
 def test_training_is_on_the_queries_after_the_support_set() -> None:

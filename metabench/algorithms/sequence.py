@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metabench.algorithms.base import Algorithm, Learner, Schedule, Trainer, schedule
-from metabench.episodes import Batch, Problem
+from metabench.algorithms.base import Algorithm, Learner, Metrics, Schedule, Trainer, query_loss, schedule
+from metabench.episodes import Batch, Episode, Problem, Stream
 from metabench.errors import ConfigError
 
 Scale = Literal["max", "none"]
@@ -109,20 +109,36 @@ class SequenceLearner(Algorithm):
         drive: Tensor = self.inputs(torch.cat([self._prepared(x), previous], dim=-1))
         return drive
 
+    def follow(self, stream: Stream) -> Tensor:
+        """See `Algorithm.follow`."""
+        shown, _ = self._show(stream)
+        logits: Tensor = self.output(torch.cat(shown, dim=1))
+        return logits
+
+    def _show(self, batch: Batch) -> tuple[list[Tensor], State]:
+        """Show examples in their order: what was exposed after each, and the state after the last."""
+        drive = self.drive(batch.x, previous(batch.one_hot()))
+        state, exposed = self.start(batch.tasks), []
+        for t in range(drive.shape[1]):
+            state = self.step(drive[:, t : t + 1], state)
+            exposed.append(self.exposed(state))
+        return exposed, state
+
+    def loss(self, batch: Episode | Batch) -> tuple[Tensor, Metrics]:
+        """On episodes the loss on the queries; on streams the loss of all steps, first presentations included."""
+        if isinstance(batch, Stream):
+            return query_loss(self.problem, self.follow(batch), batch)
+        return super().loss(batch)
+
     def adapt(self, support: Batch, *, seeds: Tensor, steps: int | None = None) -> Learner:
         """Show the support sets, each in an order of its own; `steps` has no meaning here."""
         del steps
         shown = in_random_order(support, seeds)
-        labels = shown.one_hot()
-        drive = self.drive(shown.x, previous(labels))
-        state = self.start(support.tasks)
-        for t in range(drive.shape[1]):
-            state = self.step(drive[:, t : t + 1], state)
-        final, latest = state, labels[:, -1:]
+        latest, (_, state) = shown.one_hot()[:, -1:], self._show(shown)
 
         def predict(x: Tensor) -> Tensor:
             drive = self.drive(x, latest.expand(-1, x.shape[1], -1))
-            answers: Tensor = self.output(self.exposed(self.step(drive, final, last=True)))
+            answers: Tensor = self.output(self.exposed(self.step(drive, state, last=True)))
             return answers
 
         return predict
