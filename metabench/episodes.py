@@ -82,6 +82,32 @@ class Episode:
     classes: np.ndarray | None = None
 
 
+@dataclass(frozen=True)
+class Stream(Batch):
+    """T sequences of L images in which classes come again and again; the order is part of the task.
+
+    At each step a class is to be named from what was shown before (Santoro et al. 2016): labels come one step late.
+    """
+
+    seeds: Tensor  # (T,) int64
+    ids: tuple[str, ...] = ()
+    classes: np.ndarray | None = None  # (T, ways), as an episode's
+
+    def presentations(self) -> Tensor:
+        """How often the class of each step (T, L) was shown by then, this step included: 1, 2, ..."""
+        return self.one_hot().cumsum(1).gather(-1, self.y[..., None])[..., 0].long()
+
+    def pick(self, tasks: slice) -> Stream:
+        """See `Batch.pick`."""
+        classes = None if self.classes is None else self.classes[tasks]
+        return replace(
+            self, x=self.x[tasks], y=self.y[tasks], seeds=self.seeds[tasks], ids=self.ids[tasks], classes=classes
+        )
+
+
+Composition = Literal["random", "equal"]
+
+
 class TaskDistribution(Protocol):
     """A data set's subset with ways, shots, queries and rotations already bound."""
 
@@ -93,6 +119,10 @@ class TaskDistribution(Protocol):
 
     def images(self, start: int, n: int) -> Batch:
         """Examples start .. start+n-1 of a plain stream, T = 1, y over all classes of the subset."""
+        ...
+
+    def streams(self, start: int, tasks: int, length: int) -> Stream:
+        """Sequences start .. start+tasks-1 of `length` images, each the same whatever `start` and `tasks` are."""
         ...
 
 
@@ -230,6 +260,18 @@ def _bank(data: ImageData, rotated: bool, device: str) -> Tensor:
     return torch.from_numpy(stack).reshape(-1, 1, *data.images.shape[-2:]).to(device)
 
 
+def _left_to_draw(labels: np.ndarray, ways: int, per_class: int) -> np.ndarray:
+    """Labels (T, L), where a class has no drawings left changed to the next one that has."""
+    labels = labels.copy()
+    for row in labels:
+        if np.bincount(row).max() > per_class:
+            left = np.full(ways, per_class)
+            for step, label in enumerate(row):
+                row[step] = next(c for c in (label + np.arange(ways)) % ways if left[c])
+                left[row[step]] -= 1
+    return labels
+
+
 class ImageTasks:
     """N-way K-shot tasks over one subset of an `ImageData` (see `TaskDistribution`).
 
@@ -265,8 +307,10 @@ class ImageTasks:
         self._bank = _bank(data, rotations != "none", device)
         self._scale = 1 / 255
         self._key = philox_key(data.name, data.version, data.split, subset, ways, shots, queries, rotations, seed)
+        self._of_streams = (data.name, data.version, data.split, subset, ways, "streams", rotations, seed)
         names = hashlib.sha256("\n".join(data.classes).encode()).hexdigest()
-        self._prefix = f"{data.name}\x1f{data.version}\x1f{names}\x1f{shots}\x1f".encode()
+        self._named = f"{data.name}\x1f{data.version}\x1f{names}\x1f".encode()
+        self._prefix = self._named + f"{shots}\x1f".encode()
         self._hashed = subset != "train"
         self.problem = Problem(
             shape=(1, *data.images.shape[-2:]), loss="cross_entropy", ways=ways, classes=len(self._pool)
@@ -287,11 +331,8 @@ class ImageTasks:
         ways, pool, per_class = self._ways, len(self._pool), self._per_class
         raw = words(self._key, start, tasks, 2 + pool + ways + ways * per_class)
         seeds, turn, keys, turns, drawings = np.split(raw, np.cumsum([1, 1, pool, ways]), axis=1)
-        classes = self._pool[smallest(keys, ways)]  # (T, ways): the order is the label, random per task
-        if self._turn == "per_class":
-            classes = classes + self._count * scaled(turns, 4)
-        elif self._turn == "episode":
-            classes = classes + self._count * scaled(turn, 4)
+        # (T, ways): the order is the label, random per task
+        classes = self._turned(self._pool[smallest(keys, ways)], turn, turns)
         picks = smallest(drawings.reshape(tasks, ways, per_class), self._shots + self._queries)
         index = classes[:, :, None] * per_class + picks
         ids = self._ids(classes, picks) if self._hashed else ()
@@ -316,6 +357,54 @@ class ImageTasks:
         index = torch.from_numpy(classes * self._per_class + drawing)[None]
         x = self._pixels(index)
         return Batch(x, torch.from_numpy(label)[None].to(x.device), ways=len(self._pool))
+
+    def streams(self, start: int, tasks: int, length: int, *, composition: Composition = "random") -> Stream:
+        """Streams start .. start+tasks-1: x (T, length, 1, H, W), no drawing twice in one.
+
+        Composition: `random` draws the class of each step anew, among those that have drawings left; `equal` shows
+        every class equally often, which lets the last steps be guessed by counting. Shots and queries play no part.
+
+        Raises:
+            ConfigError: no ways, or a length that the drawings of a class, or equal counts, do not allow.
+        """
+        if self._ways is None:
+            raise ConfigError("streams need a number of ways")
+        ways, pool, per_class = self._ways, len(self._pool), self._per_class
+        if not 1 <= length <= ways * per_class:
+            raise ConfigError(f"a stream of {length} images: {ways} classes have {ways * per_class} drawings in all")
+        if composition == "equal" and length % ways:
+            raise ConfigError(f"{length} images are no equal number of each of {ways} classes: make it a multiple")
+        key = philox_key(*self._of_streams, length, composition)
+        raw = words(key, start, tasks, 2 + pool + ways + ways * per_class + length)
+        seeds, turn, keys, turns, drawings, steps = np.split(
+            raw, np.cumsum([1, 1, pool, ways, ways * per_class]), axis=1
+        )
+        classes = self._turned(self._pool[smallest(keys, ways)], turn, turns)
+        if composition == "equal":
+            labels = smallest(steps, length) % ways
+        else:
+            labels = _left_to_draw(scaled(steps, ways), ways, per_class)
+        shown = np.cumsum(labels[:, :, None] == np.arange(ways), axis=1) - 1
+        rank = np.take_along_axis(shown, labels[:, :, None], 2)[:, :, 0]
+        deck = smallest(drawings.reshape(tasks, ways, per_class), per_class)
+        rows = np.arange(tasks)[:, None]
+        index = classes[rows, labels] * per_class + deck[rows, labels, rank]
+        x = self._pixels(torch.from_numpy(index))
+        return Stream(
+            x,
+            torch.from_numpy(labels).to(x.device),
+            ways,
+            torch.from_numpy(task_seeds(seeds[:, 0])),
+            self._stream_ids(index, labels) if self._hashed else (),
+            classes % self._count,
+        )
+
+    def _turned(self, classes: np.ndarray, turn: np.ndarray, turns: np.ndarray) -> np.ndarray:
+        """Classes (T, ways) at the angles that random words choose for the task (T, 1), or for each (T, ways)."""
+        if self._turn == "none":
+            return classes
+        turned: np.ndarray = classes + self._count * scaled(turns if self._turn == "per_class" else turn, 4)
+        return turned
 
     @property
     def images_in_all(self) -> int:
@@ -366,3 +455,8 @@ class ImageTasks:
         """A content hash per task: data version, class names, shots, rotation, drawings, label order; not pixels."""
         table = np.concatenate([classes[:, :, None], picks], axis=2).astype("<i4")
         return tuple(hashlib.sha256(self._prefix + row.tobytes()).hexdigest()[:16] for row in table)
+
+    def _stream_ids(self, index: np.ndarray, labels: np.ndarray) -> tuple[str, ...]:
+        """A content hash per stream: data version, class names, drawings at their angles and labels in their order."""
+        table = np.stack([index, labels], axis=2).astype("<i4")
+        return tuple(hashlib.sha256(self._named + b"stream\x1f" + row.tobytes()).hexdigest()[:16] for row in table)

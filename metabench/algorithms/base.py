@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metabench.episodes import Batch, Episode, Problem, TaskDistribution
+from metabench.episodes import Batch, Episode, Problem, Stream, TaskDistribution
 from metabench.tasks import Choice
 
 Learner = Callable[[Tensor], Tensor]
@@ -43,6 +43,7 @@ class Algorithm(nn.Module, ABC):
 
     feeds: ClassVar[Literal["episodes", "images"] | None] = "episodes"
     inner_loop: bool = False  # whether adaptation takes steps, so that there is a prediction before them
+    plateau: ClassVar[bool] = False  # whether a training answers at chance for its first hundreds or thousands of steps
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()
@@ -59,6 +60,13 @@ class Algorithm(nn.Module, ABC):
             raise TypeError(f"{type(self).__name__} trains on episodes")
         output = self.adapt(batch.support, seeds=batch.seeds)(batch.query.x)
         return query_loss(self.problem, output, batch.query)
+
+    def follow(self, stream: Stream) -> Tensor:
+        """Logits (T, L, ways) at every step of streams, from the images so far and the labels of the steps before.
+
+        For algorithms that name "stream" among their problems.
+        """
+        raise TypeError(f"{type(self).__name__} does not follow streams")
 
     def trainer(self, total_steps: int) -> Trainer:
         """The optimiser of a training of `total_steps` steps: Adam on `loss` by default."""

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from metabench.episodes import Batch, Episode, Problem, Rotations, Subset, philox_key, task_seeds, words
+from metabench.episodes import Batch, Episode, Problem, Rotations, Stream, Subset, philox_key, task_seeds, words
 from metabench.errors import ConfigError
 
 METABENCH = {
@@ -97,6 +97,14 @@ class SinusoidTasks:
             ConfigError: always.
         """
         raise ConfigError("sinusoid has no classes, so there is no stream of labelled images to train on")
+
+    def streams(self, start: int, tasks: int, length: int) -> Stream:
+        """Not for a regression problem: it has no classes.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError("sinusoid has no classes, so there are no streams of labelled images")
 
     def _batch(self, x: np.ndarray, y: np.ndarray) -> Batch:
         inputs, targets = (torch.from_numpy(v.astype(np.float32))[:, :, None].to(self.device) for v in (x, y))
