@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from typing import Literal
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,10 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metabench.algorithms.base import tracking
-from metabench.backbones import FORESEEN, METABENCH_BACKBONES, Conv4, Norm, make_backbone
+from metabench.backbones import FORESEEN, METABENCH_BACKBONES, Conv4, Norm, Pool, make_backbone
 from metabench.errors import ConfigError
-
-Pool = Literal["max", "stride"]
 
 
 def little(norm: Norm = "support", *, pool: Pool = "max", filters: int = 3, side: int = 16) -> Conv4:
@@ -39,18 +35,23 @@ def textbook(body: Conv4, *, track: bool) -> nn.Sequential:
     layers: list[nn.Module] = []
     for i in range(4):
         weight = body.get_parameter(f"conv{i}")
-        conv = nn.Conv2d(weight.shape[1], weight.shape[0], 3, padding=1, stride=1 if body.pool == "max" else 2)
+        conv = nn.Conv2d(weight.shape[1], weight.shape[0], 3, padding=body.padding[i], stride=body.stride)
         norm = nn.BatchNorm2d(weight.shape[0], eps=body.eps, track_running_stats=track)
         for own, name in ((conv.weight, "conv"), (conv.bias, "bias"), (norm.weight, "gamma"), (norm.bias, "beta")):
             assert own is not None
             own.data = body.get_parameter(f"{name}{i}").detach().clone()
-        layers += [conv, norm, nn.ReLU()] + ([nn.MaxPool2d(2)] if body.pool == "max" else [])
+        layers += [conv, norm, nn.ReLU()] + [nn.MaxPool2d(2)] * (i < body.pooled)
     return nn.Sequential(*layers, nn.Flatten()).double()
 
 
 @pytest.mark.parametrize(
     ("name", "out", "count"),
-    [("conv4", 64, 111_936), ("conv4-strided", 64, 111_936), ("conv4-strided-flat", 256, 111_936)],
+    [
+        ("conv4", 64, 111_936),
+        ("conv4-strided", 64, 111_936),
+        ("conv4-strided-flat", 256, 111_936),
+        ("conv4-maps", 64 * 5 * 5, 111_936),
+    ],
 )
 def test_sizes_on_omniglot(name: str, out: int, count: int) -> None:
     body = make_backbone(name, (1, 28, 28), norm="support")
@@ -66,7 +67,7 @@ def test_sizes_on_other_shapes() -> None:
     mlp = make_backbone("mlp", (1,), norm="support")
     assert mlp.out_dim == 40 and sum(p.numel() for p in mlp.parameters()) == 80 + 1640
     assert make_backbone("mlp64", (1,), norm="support").out_dim == 64
-    assert len(METABENCH_BACKBONES) == 5
+    assert len(METABENCH_BACKBONES) == 8
 
 
 def test_impossible_requests_name_the_fix() -> None:
@@ -76,6 +77,10 @@ def test_impossible_requests_name_the_fix() -> None:
         make_backbone("conv4", (1,), norm="support")
     with pytest.raises(ConfigError, match="16x16"):
         make_backbone("conv4", (1, 12, 12), norm="support")
+    with pytest.raises(ConfigError, match="10x10"):
+        make_backbone("conv4-maps", (1, 9, 9), norm="support")
+    with pytest.raises(ConfigError, match=r"koch35 needs images of 35x35 pixels, got 28x28.*size: 35"):
+        make_backbone("koch35", (1, 28, 28), norm="running")
 
 
 def test_glorot_initialisation() -> None:
@@ -86,7 +91,7 @@ def test_glorot_initialisation() -> None:
     assert float(body.get_parameter("bias2").detach().abs().max()) == 0
 
 
-@pytest.mark.parametrize("pool", ["max", "stride"])
+@pytest.mark.parametrize("pool", ["max", "stride", "early"])
 def test_each_task_is_a_batch_of_pytorchs_layers(pool: Pool) -> None:
     """Also proves that pooling before the ReLU gives the same, in value and in gradient."""
     body, x = little(pool=pool), pictures(3, 5)
@@ -101,8 +106,9 @@ def test_each_task_is_a_batch_of_pytorchs_layers(pool: Pool) -> None:
     torch.testing.assert_close(gradient, plain[0].weight.grad, rtol=1e-8, atol=1e-10)
 
 
-def test_running_mode_is_pytorchs_batch_norm_and_moves_only_while_tracked() -> None:
-    body = little("running")
+@pytest.mark.parametrize("pool", ["max", "early"])
+def test_running_mode_is_pytorchs_batch_norm_and_moves_only_while_tracked(pool: Pool) -> None:
+    body = little("running", pool=pool)
     plain = textbook(body, track=True)
     x = pictures(1, 6)[0]
     untouched = {n: b.clone() for n, b in body.named_buffers()}
@@ -112,8 +118,9 @@ def test_running_mode_is_pytorchs_batch_norm_and_moves_only_while_tracked() -> N
     with tracking(body):
         body(x)
     assert not body.tracking
-    torch.testing.assert_close(body.get_buffer("mean1"), plain[5].running_mean, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(body.get_buffer("var1"), plain[5].running_var, rtol=1e-10, atol=1e-12)
+    for i, layer in enumerate(m for m in plain if isinstance(m, nn.BatchNorm2d)):
+        torch.testing.assert_close(body.get_buffer(f"mean{i}"), layer.running_mean, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(body.get_buffer(f"var{i}"), layer.running_var, rtol=1e-10, atol=1e-12)
     body.eval()
     moved = {n: b.clone() for n, b in body.named_buffers()}
     torch.testing.assert_close(body(x), plain.eval()(x), rtol=1e-10, atol=1e-12)
@@ -221,7 +228,7 @@ def test_one_channel_images_run_channels_last_from_the_first_layer():
     backbone = make_backbone("conv4", (1, 28, 28), norm="running")
     seen = []
     original = backbone._shrink
-    backbone._shrink = lambda h: seen.append(h.is_contiguous()) or original(h)  # (1, N, H, W, C)
+    backbone._shrink = lambda h, i: seen.append(h.is_contiguous()) or original(h, i)  # (1, N, H, W, C)
     backbone(torch.rand(4, 1, 28, 28))
     assert seen == [True] * 4
 
@@ -236,7 +243,7 @@ def test_the_layout_changes_no_feature(name: str, norm: Norm) -> None:
     torch.testing.assert_close(body.embed_support(params(body), x)[0], last, rtol=1e-10, atol=1e-12)
     seen = []
     original = body._shrink
-    body._shrink = lambda h: seen.append(h[0].permute(0, 3, 1, 2).is_contiguous()) or original(h)
+    body._shrink = lambda h, i: seen.append(h[0].permute(0, 3, 1, 2).is_contiguous()) or original(h, i)
     body.embed_support(params(body), x)
     assert all(seen)
 

@@ -306,6 +306,7 @@ def test_training_learns_what_is_easy(case: Case) -> None:
     gentle = {"inner_loss": "mean"} if PLUGINS[case.name].parameter("inner_loss") else {}
     algorithm = fresh(case, **gentle)
     steps, at_once = (20, 8) if case.problem == "regression" else (30, 1) if algorithm.feeds == "images" else (16, 3)
+    steps *= algorithm.slow_start
     watched = batch(algorithm, case, 1000, 16)
     trainer, before = algorithm.trainer(steps), _loss(algorithm, watched)
     for step in range(steps):
