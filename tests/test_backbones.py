@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metabench import backbones
 from metabench.algorithms.base import tracking
-from metabench.backbones import FORESEEN, METABENCH_BACKBONES, Conv4, Norm, Pool, make_backbone
+from metabench.backbones import FORESEEN, METABENCH_BACKBONES, Conv4, Koch, Norm, Pool, make_backbone
 from metabench.errors import ConfigError
 
 
@@ -260,3 +261,71 @@ def test_many_channels_normalise_as_few() -> None:
         torch.testing.assert_close(body.get_buffer("mean0"), plain[1].running_mean, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(body.get_buffer("var0"), plain[1].running_var, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(body.eval()(x), plain.eval()(x), rtol=1e-10, atol=1e-12)
+
+
+def koch_textbook(body: Koch) -> nn.Sequential:
+    """PyTorch's own layers, ReLU before pooling, with `body`'s weights."""
+    layers: list[nn.Module] = []
+    for i in range(4):
+        weight = body.get_parameter(f"conv{i}")
+        conv = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2])
+        conv.weight, conv.bias = nn.Parameter(weight.detach()), nn.Parameter(body.get_parameter(f"bias{i}").detach())
+        layers += [conv, nn.ReLU()] + [nn.MaxPool2d(2)] * (i < 3)
+    last = nn.Linear(1, 1)
+    last.weight, last.bias = (nn.Parameter(body.get_parameter(f"{name}4").detach()) for name in ("weight", "bias"))
+    return nn.Sequential(*layers, nn.Flatten(), last, nn.Sigmoid())
+
+
+def test_kochs_network_is_the_papers() -> None:
+    torch.manual_seed(0)
+    body = make_backbone("koch105", (1, 105, 105), norm="running")
+    assert isinstance(body, Koch) and body.out_dim == 4096 and body.widest == 64 * 96 * 96
+    assert sum(p.numel() for p in body.parameters()) == 38_947_648  # with the pair's head of 4097: 38.95 million
+    x = torch.rand(2, 1, 105, 105)
+    plain, sides, h = koch_textbook(body), [], x
+    for layer in plain:
+        h = layer(h)
+        sides += [tuple(h.shape[1:])] if isinstance(layer, nn.Conv2d | nn.MaxPool2d) else []
+    assert sides == [
+        (64, 96, 96), (64, 48, 48), (128, 42, 42), (128, 21, 21), (128, 18, 18), (128, 9, 9), (256, 6, 6),
+    ]  # fmt: skip
+    torch.testing.assert_close(body(x), h, rtol=1e-3, atol=1e-4)
+    weights = {name: p.detach() for name, p in body.named_parameters()}
+    for name, p in weights.items():
+        spread, middle = (0.01, 0.5) if name.startswith("bias") else (0.2 if name == "weight4" else 0.01, 0.0)
+        few = 5 * spread / len(p.flatten()) ** 0.5  # standard errors
+        assert abs(p.mean() - middle) < few and abs(p.std() - spread) < few, name
+
+
+def test_kochs_reduced_network_in_value_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    body = make_backbone("koch35", (1, 35, 35), norm="running").double()
+    assert isinstance(body, Koch) and [p.shape[-1] for n, p in params(body).items() if "conv" in n] == [5, 3, 2, 2]
+    x = pictures(1, 5, side=35)[0]
+    plain = koch_textbook(body)
+    wanted = plain(x)
+    monkeypatch.setattr(backbones, "AT_ONCE", 2 * body.widest)  # in parts of 2, 2 and 1
+    for channels_last in (True, False):
+        body.channels_last = channels_last
+        got = body(x)
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+    target = torch.randn_like(wanted)
+    (got * target).sum().backward()
+    (wanted * target).sum().backward()
+    torch.testing.assert_close(body.get_parameter("conv0").grad, plain[0].weight.grad, rtol=1e-8, atol=1e-12)
+    body.bf16 = True
+    rounded = body(x)
+    assert rounded.dtype == torch.float64 and 0 < (rounded - wanted).abs().max() < 0.05
+
+
+def test_kochs_network_with_weights_of_each_tasks_own() -> None:
+    torch.manual_seed(0)
+    body = make_backbone("koch35", (1, 35, 35), norm="support").double()
+    x = pictures(2, 3, side=35)
+    own = {name: torch.stack([p, p * 1.1]).detach() for name, p in body.named_parameters()}
+    own["bias4"] = body.get_parameter("bias4").detach()  # shared
+    got, stats = body.apply_to(own, x)
+    assert stats == ()
+    for task in range(2):
+        mine = {name: p[task] if name != "bias4" else p for name, p in own.items()}
+        torch.testing.assert_close(got[task], body.features(mine, x[task : task + 1])[0], rtol=1e-12, atol=1e-14)

@@ -59,25 +59,39 @@ class RelationModule(nn.Module):
         self.hidden = nn.Linear(channels * side * side, HIDDEN)
         self.score = nn.Linear(HIDDEN, 1)
 
+    @property
+    def averaged(self) -> bool:
+        """Whether it normalises by its running averages, now."""
+        return self.norm == "running" and not self.training
+
     def project(self, maps: Tensor, side: Literal["support", "query"]) -> Tensor:
         """What one side of a pair adds to the first convolution; maps and result (T, k, H, W, C)."""
-        bias = self.get_parameter("bias0")
-        first, second = self.get_parameter("conv0").chunk(2, dim=1)
-        weight, offset = (first, bias) if side == "support" else (second, torch.zeros_like(bias))
-        return convolve(maps.flatten(0, 1)[None], weight[None], offset[None], stride=1).reshape(maps.shape)
+        weight, bias = self._convolution(0)
+        first, second = weight.chunk(2, dim=1)
+        weight, bias = (first, bias) if side == "support" else (second, torch.zeros_like(bias))
+        return convolve(maps.flatten(0, 1)[None], weight[None], bias[None], stride=1).reshape(maps.shape)
 
     def forward(self, classes: Tensor, queries: Tensor) -> Tensor:
         """Scores (T, m, N), before the sigmoid, of m queries for N classes; both are projected."""
         pairs = queries[:, :, None] + classes[:, None]  # (T, m, N, H, W, C)
-        h = self._block(pairs.flatten(0, 2)[None], 0, len(pairs))
-        h = convolve(h, self.get_parameter("conv1")[None], self.get_parameter("bias1")[None], stride=1)
-        h = self._block(h, 1, len(pairs))[0].permute(0, 3, 1, 2).flatten(1)
-        scores: Tensor = self.score(F.relu(self.hidden(h)))
+        h = self._shrink(pairs.flatten(0, 2)[None], 0, len(pairs))
+        weight, bias = self._convolution(1)
+        h = self._shrink(convolve(h, weight[None], bias[None], stride=1), 1, len(pairs))
+        h = F.relu(self.hidden(h.squeeze(0).permute(0, 3, 1, 2).flatten(1)))
+        scores: Tensor = self.score(h)
         return scores.reshape(pairs.shape[:3])
 
-    def _block(self, y: Tensor, i: int, tasks: int) -> Tensor:
-        """Norm, pooling and ReLU of y (1, P, H, W, C), the pairs of all tasks."""
-        h = self._normalised(y, i, tasks)
+    def _convolution(self, i: int) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a convolution, with its norm where that is known beforehand: a pass less over the pairs."""
+        weight, bias, gamma, beta = (self.get_parameter(f"{name}{i}") for name in ("conv", "bias", "gamma", "beta"))
+        if not self.averaged:
+            return weight, bias
+        scale = gamma * torch.rsqrt(self.get_buffer(f"var{i}") + self.eps)
+        return weight * scale[:, None, None, None], (bias - self.get_buffer(f"mean{i}")) * scale + beta
+
+    def _shrink(self, y: Tensor, i: int, tasks: int) -> Tensor:
+        """Norm, if it is not done, pooling and ReLU of y (1, P, H, W, C), the pairs of all tasks."""
+        h = y if self.averaged else self._normalised(y, i, tasks)
         return F.relu(max_pool(h) if min(h.shape[2:4]) > 1 else h)
 
     def _normalised(self, y: Tensor, i: int, tasks: int) -> Tensor:
@@ -85,11 +99,9 @@ class RelationModule(nn.Module):
         if self.norm == "batch":
             sets = torch.unflatten(y, 1, (tasks, -1))
             return batch_norm(sets, gamma[None], beta[None], self.eps).flatten(1, 2)
-        mean, var = self.get_buffer(f"mean{i}"), self.get_buffer(f"var{i}")
-        known = self.tracking or not self.training
-        averages = (mean, var) if known else (None, None)
+        averages = (self.get_buffer(f"mean{i}"), self.get_buffer(f"var{i}")) if self.tracking else (None, None)
         images = y.squeeze(0).permute(0, 3, 1, 2)
-        z = F.batch_norm(images, averages[0], averages[1], gamma, beta, self.training, MOMENTUM, self.eps)
+        z = F.batch_norm(images, averages[0], averages[1], gamma, beta, True, MOMENTUM, self.eps)
         return z.permute(0, 2, 3, 1).unsqueeze(0)
 
 
@@ -142,15 +154,12 @@ class RelationNet(Embedding):
 
         def scores(x: Tensor) -> Tensor:
             queries = self.module.project(self._maps(x), "query")
-            parts = torch.split(queries, self._at_once(classes), dim=1)
+            # batch statistics are of all pairs together
+            at_once = max(1, ROOM // classes.numel()) if self.module.averaged else queries.shape[1]
+            parts = torch.split(queries, at_once, dim=1)
             return torch.cat([self.module(classes, part) for part in parts], dim=1)
 
         return scores
-
-    def _at_once(self, classes: Tensor) -> int:
-        """How many queries of each task are compared in a call."""
-        apart = self.module.norm == "running" and not self.training
-        return max(1, ROOM // classes.numel()) if apart else 2**31
 
     def _maps(self, features: Tensor) -> Tensor:
         """Features (T, k, d) as maps (T, k, H, W, C)."""

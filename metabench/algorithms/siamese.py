@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metabench.algorithms.base import Learner, Metrics, Schedule, Trainer, schedule
-from metabench.algorithms.metric import Embedding, best_of_class
+from metabench.algorithms.metric import Embedding, best_of_class, uniform
 from metabench.backbones import Backbone, Koch, make_backbone
 from metabench.episodes import Batch, Episode, Problem
 from metabench.errors import ConfigError
@@ -114,9 +114,7 @@ def draw(same: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
 
     same (T, m, n) says which support images are of the query's class; a task's draws depend on its own seed only.
     """
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
-    keys = torch.stack([torch.rand(2, *same.shape[1:], generator=generator) for generator in generators])
-    keys = keys.to(same.device)
+    keys = uniform(seeds, 2, *same.shape[1:]).to(same.device)
     return keys[:, 0].masked_fill(~same, -1.0).argmax(-1), keys[:, 1].masked_fill(same, -1.0).argmax(-1)
 
 
