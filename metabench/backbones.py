@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,12 @@ from metabench.convolution import arrange, batch_norm, convolve, max_pool, patch
 from metabench.errors import ConfigError
 
 Norm = Literal["running", "support", "each", "tasknorm", "layer", "batch"]
+Pool = Literal["max", "stride", "early"]
 Params = Mapping[str, Tensor]
 Stats = tuple[tuple[Tensor, ...], ...]  # per normalisation layer: mean (T, C), variance (T, C) [, blend (T, 1)]
 
 MOMENTUM = 0.1  # of the running averages, PyTorch's default
+AT_ONCE = 2**24  # activations of the widest layer that the network of Koch et al. works on at a time
 FORESEEN = 4  # input channels up to which a layer's statistics are cheaper to foresee from its patches
 
 
@@ -109,7 +111,12 @@ class Conv4(Backbone):
 
     `pool="max"`: pooled (28 -> 14 -> 7 -> 3 -> 1: 64 features). `pool="stride"`: stride-2 convolutions, no pooling
     (28 -> 14 -> 7 -> 4 -> 2), flattened to 256 features (Reptile) or, with `average`, the mean over 2x2: 64 (MAML).
-    The pooling stands before the ReLU: equal, since both are monotone, and cheaper. With a `slope` it is leaky.
+    `pool="early"`: the first two blocks are pooled and their convolutions not padded (28 -> 13 -> 5 -> 5 -> 5), for the
+    maps of a relation network. The pooling stands before the ReLU: equal, since both are monotone, and cheaper. With a
+    `slope` the ReLU is leaky.
+
+    Attributes:
+        map: channels, height and width of the last block's output.
     """
 
     def __init__(
@@ -117,7 +124,7 @@ class Conv4(Backbone):
         shape: tuple[int, ...],
         *,
         norm: Norm,
-        pool: Literal["max", "stride"] = "max",
+        pool: Pool = "max",
         average: bool = False,
         filters: int = 64,
         eps: float = 1e-5,
@@ -126,16 +133,24 @@ class Conv4(Backbone):
         slope: float = 0.0,
     ) -> None:
         super().__init__(norm)
-        self.pool, self.average, self.eps, self.slope = pool, average, eps, slope
+        self.average, self.eps, self.slope = average, eps, slope
+        self.stride = 2 if pool == "stride" else 1
+        self.padding = (0, 0, 1, 1) if pool == "early" else (1, 1, 1, 1)
+        self.pooled = {"max": 4, "stride": 0, "early": 2}[pool]  # the first blocks, so many of them
+        self.widest = filters * math.prod(self._convolved(side, 0) for side in shape[-2:])
         channels, side = shape[0], shape[-1]
         for i in range(4):
             self._add_block(i, channels if i == 0 else filters, filters, gamma=gamma, glorot=glorot)
-            side = side // 2 if pool == "max" else math.ceil(side / 2)
+            side = self._convolved(side, i) // (2 if i < self.pooled else 1)
         if side < 1:
-            raise ConfigError(f"conv4 needs images of at least 16x16 pixels, got {shape[-2]}x{shape[-1]}")
+            least = 10 if pool == "early" else 16
+            raise ConfigError(f"conv4 needs images of at least {least}x{least} pixels, got {shape[-2]}x{shape[-1]}")
         self.out_dim = filters if average else filters * side * side
-        self.stride = 2 if pool == "stride" else 1
-        self.widest = filters * math.ceil(shape[-2] / self.stride) * math.ceil(shape[-1] / self.stride)
+        self.map = (filters, side, side)
+
+    def _convolved(self, side: int, i: int) -> int:
+        """The side of an image after the convolution of block i."""
+        return (side + 2 * self.padding[i] - 3) // self.stride + 1
 
     def _add_block(self, i: int, channels: int, filters: int, *, gamma: bool, glorot: bool) -> None:
         conv = nn.Conv2d(channels, filters, 3)
@@ -176,7 +191,7 @@ class Conv4(Backbone):
         h = arrange(torch.unflatten(x, 0, (weights, sets)).flatten(1, 2), channels_last=self.channels_last)
         for i in range(4):
             h, layer = self._block(params, h, i, sets, None if stats is None else stats[i], keep)
-            h = self._shrink(h)
+            h = self._shrink(h, i)
             used.append(layer)
         return self._flatten(h).reshape(*x.shape[:2], -1), tuple(used)
 
@@ -187,7 +202,7 @@ class Conv4(Backbone):
         params = dict(self.named_parameters())
         h = arrange(x[None], channels_last=self.channels_last)
         for i in range(4):
-            h = self._shrink(self._ordinary(params, h, i))
+            h = self._shrink(self._ordinary(params, h, i), i)
         return self._flatten(h)[0].to(x.dtype)
 
     def _block(
@@ -203,7 +218,7 @@ class Conv4(Backbone):
             layer = self._foreseen(weight, bias, h, sets)
         if layer is not None and plain and sets == 1:
             return self._folded(params, h, i, layer).to(layer[0].dtype), layer
-        y = torch.unflatten(self._convolve(h, weight, bias).to(bias.dtype), 1, (sets, -1))  # (S, sets, n, H, W, C)
+        y = torch.unflatten(self._convolve(h, i, weight, bias).to(bias.dtype), 1, (sets, -1))  # (S, sets, n, H, W, C)
         if layer is None and plain and not keep:
             gamma = _own(params, f"gamma{i}") if f"gamma{i}" in params else None
             return batch_norm(y, gamma, _own(params, f"beta{i}"), self.eps).flatten(1, 2), ()
@@ -217,17 +232,17 @@ class Conv4(Backbone):
         gamma = _own(params, f"gamma{i}") if f"gamma{i}" in params else 1.0
         scale = torch.rsqrt(layer[1] + self.eps) * gamma
         weight = _own(params, f"conv{i}") * scale[:, :, None, None, None]
-        return self._convolve(h, weight, (_own(params, f"bias{i}") - layer[0]) * scale + _own(params, f"beta{i}"))
+        return self._convolve(h, i, weight, (_own(params, f"bias{i}") - layer[0]) * scale + _own(params, f"beta{i}"))
 
-    def _convolve(self, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def _convolve(self, h: Tensor, i: int, weight: Tensor, bias: Tensor) -> Tensor:
         if self.bf16:
             h, weight, bias = h.bfloat16(), weight.bfloat16(), bias.bfloat16()
         if not self.channels_last:
             weight = weight.contiguous()
-        return convolve(h, weight, bias, stride=self.stride)
+        return convolve(h, weight, bias, stride=self.stride, padding=self.padding[i])
 
-    def _shrink(self, h: Tensor) -> Tensor:
-        h = max_pool(h) if self.pool == "max" else h
+    def _shrink(self, h: Tensor, i: int) -> Tensor:
+        h = max_pool(h) if i < self.pooled else h
         return F.leaky_relu(h, self.slope) if self.slope else F.relu(h)
 
     def _flatten(self, h: Tensor) -> Tensor:
@@ -249,7 +264,7 @@ class Conv4(Backbone):
                 var.lerp_(layer[1][0].detach() * (count / (count - 1)), MOMENTUM)
             return y
         gamma, beta = params.get(f"gamma{i}"), params[f"beta{i}"]
-        y = self._convolve(h, weight, bias).squeeze(0).permute(0, 3, 1, 2)
+        y = self._convolve(h, i, weight, bias).squeeze(0).permute(0, 3, 1, 2)
         averages = (mean, var) if self.tracking else (None, None)
         z = F.batch_norm(y, averages[0], averages[1], gamma, beta, True, MOMENTUM, self.eps)
         return z.permute(0, 2, 3, 1).unsqueeze(0)
@@ -259,7 +274,7 @@ class Conv4(Backbone):
 
         The output is linear in the patches: its variance is w' V w, V their covariance (9 C x 9 C, of few channels).
         """
-        centre, covariance = patch_moments(h, stride=self.stride, sets=sets)
+        centre, covariance = patch_moments(h, stride=self.stride, sets=sets, padding=self.padding[0])
         rows = weight.permute(0, 1, 3, 4, 2).flatten(2)[:, None]  # (S, 1, O, 9 C)
         mean = (rows @ centre).squeeze(3) + bias[:, None]
         return mean.flatten(0, 1), (rows @ covariance * rows).sum(-1).flatten(0, 1)
@@ -341,6 +356,66 @@ class Mlp(Backbone):
         return h.reshape(*x.shape[:2], -1)
 
 
+class Koch(Backbone):
+    """Koch et al. 2015, section 3.1: four unpadded convolutions with ReLU and max-pooling, one sigmoid layer; no norm.
+
+    105x105, kernels 10-7-4-4 with 64-128-128-256 filters, pooled after the first three: 96-48-42-21-18-9-6, so that
+    9216 activations enter a layer of 4096 units. The paper's reduced form takes 35x35 (its section 4.4), kernels
+    5-3-2-2 here, for it does not give them: 31-15-13-6-5-2-1, 256 activations. Initialised as section 3.2 says:
+    N(0, 0.01^2) convolutions, N(0, 0.2^2) weights of the last layer, N(0.5, 0.01^2) biases.
+    """
+
+    KERNELS: ClassVar[dict[int, tuple[int, ...]]] = {105: (10, 7, 4, 4), 35: (5, 3, 2, 2)}
+    FILTERS = (64, 128, 128, 256)
+    UNITS = 4096
+
+    def __init__(self, shape: tuple[int, ...], *, norm: Norm, side: int = 105) -> None:
+        super().__init__(norm)
+        kernels = self.KERNELS[side]
+        if shape[-2:] != (side, side):
+            size = f"{shape[-2]}x{shape[-1]}"
+            raise ConfigError(
+                f"koch{side} needs images of {side}x{side} pixels, got {size}: give the data set size: {side}"
+            )
+        channels, self.widest = shape[0], 0
+        for i, (kernel, filters) in enumerate(zip(kernels, self.FILTERS, strict=True)):
+            side, before = side - kernel + 1, channels
+            self._add_layer(f"conv{i}", f"bias{i}", (filters, before, kernel, kernel), std=0.01)
+            self.widest, channels = max(self.widest, filters * side * side), filters
+            side //= 2 if i < 3 else 1
+        self._add_layer("weight4", "bias4", (self.UNITS, channels * side * side), std=0.2)
+        self.out_dim = self.UNITS
+
+    def _add_layer(self, weight: str, bias: str, shape: tuple[int, ...], *, std: float) -> None:
+        self.register_parameter(weight, nn.Parameter(torch.randn(shape) * std))
+        self.register_parameter(bias, nn.Parameter(0.5 + 0.01 * torch.randn(shape[0])))
+
+    def apply_to(self, params: Params, x: Tensor, stats: Stats | None = None) -> tuple[Tensor, Stats]:
+        """See `Backbone.apply_to`; there are no statistics."""
+        return self.features(params, x), ()
+
+    def features(self, params: Params, x: Tensor) -> Tensor:
+        """See `Backbone.features`; weights that differ take their turns."""
+        own = {name: _own(params, name) for name in params}
+        sets = torch.unflatten(x, 0, (len(own["conv0"]), -1)).flatten(1, 2)
+        rows = []
+        for s, images in enumerate(sets):
+            mine = {name: value[s % len(value)] for name, value in own.items()}
+            rows.append(torch.cat([self._embed(mine, part) for part in images.split(max(1, AT_ONCE // self.widest))]))
+        return torch.stack(rows).reshape(*x.shape[:2], -1)
+
+    def _embed(self, params: Params, x: Tensor) -> Tensor:
+        """Features (N, d) of images (N, C, H, W)."""
+        h = x.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
+        for i in range(4):
+            weight, bias = params[f"conv{i}"], params[f"bias{i}"]
+            if self.bf16:
+                h, weight, bias = h.bfloat16(), weight.bfloat16(), bias.bfloat16()
+            h = F.conv2d(h, weight, bias)
+            h = F.relu(F.max_pool2d(h, 2) if i < 3 else h)
+        return F.linear(h.flatten(1).to(x.dtype), params["weight4"], params["bias4"]).sigmoid()
+
+
 class Network(nn.Module):
     """A backbone and a linear head, as pure functions of one flat dict of parameters: what inner loops adapt.
 
@@ -384,6 +459,9 @@ METABENCH_BACKBONES = {
     "conv4": "4 x [3x3 conv 64, norm, max-pool, ReLU] -> 64 features on 28x28 (Vinyals 2016, Snell 2017)",
     "conv4-strided": "stride-2 convolutions, no pooling, mean over 2x2 -> 64 features (Finn 2017)",
     "conv4-strided-flat": "stride-2 convolutions, no pooling -> 256 features on 28x28 (Nichol 2018)",
+    "conv4-maps": "unpadded and pooled in the first two blocks -> 64 maps of 5x5 on 28x28 (Sung 2018)",
+    "koch105": "4 convolutions, 10x10 to 4x4, and 4096 sigmoid units for 105x105, no norm (Koch 2015)",
+    "koch35": "the same for 35x35, 5x5 to 2x2 (Koch 2015, reduced)",
     "mlp": "two ReLU layers of 40 units for vectors (Finn 2017)",
     "mlp64": "two ReLU layers of 64 units for vectors (Nichol 2018)",
 }
@@ -412,14 +490,15 @@ def make_backbone(
         network = Mlp(shape, norm=norm, hidden=64 if name == "mlp64" else 40)
     elif len(shape) != 3:
         raise ConfigError(f"backbone {name} needs images, this problem's inputs have shape {shape}: use mlp")
+    elif name in ("koch105", "koch35"):
+        network = Koch(shape, norm=norm, side=105 if name == "koch105" else 35)
     else:
-        pool: Literal["max", "stride"] = "max" if name == "conv4" else "stride"
-        average = name == "conv4-strided"
+        pools: dict[str, Pool] = {"conv4": "max", "conv4-maps": "early"}
         network = Conv4(
             shape,
             norm=norm,
-            pool=pool,
-            average=average,
+            pool=pools.get(name, "stride"),
+            average=name == "conv4-strided",
             filters=filters,
             eps=eps,
             gamma=gamma,

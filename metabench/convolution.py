@@ -42,17 +42,18 @@ def arrange(x: Tensor, *, channels_last: bool) -> Tensor:
     return images.permute(1, 2, 3, 0, 4).clone(memory_format=torch.contiguous_format).permute(3, 0, 1, 2, 4)
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int) -> Tensor:
-    """Padded 3x3 convolution of x (S, N, H, W, C) by weight (S, O, C, 3, 3), bias (S or 1, O): (S, N, h, w, O).
+def convolve(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int, padding: int = 1) -> Tensor:
+    """3x3 convolution of x (S, N, H, W, C) by weight (S, O, C, 3, 3), bias (S or 1, O): (S, N, h, w, O).
 
-    Of several tasks, or unfolded, it can be differentiated twice, not three times, and not under `torch.func`.
+    Padded by 1, or by 0 where the stride is 1. Of several tasks, or unfolded, it can be differentiated twice, not three
+    times, and not under `torch.func`.
     """
     if len(weight) > 1 or _unfold:
         result: Tensor = _Convolution.apply(  # type: ignore[no-untyped-call]
             x, weight, bias, stride, _Unfolded if _unfold else _Grouped
         )
-        return result
-    return _split(F.conv2d(_side_by_side(x), weight.squeeze(0), bias.squeeze(0), stride=stride, padding=1), 1)
+        return result if padding else result[:, :, 1:-1, 1:-1]  # unpadded: all but the rim
+    return _split(F.conv2d(_side_by_side(x), weight.squeeze(0), bias.squeeze(0), stride=stride, padding=padding), 1)
 
 
 def max_pool(x: Tensor) -> Tensor:
@@ -74,9 +75,9 @@ def batch_norm(y: Tensor, gain: Tensor | None, shift: Tensor, eps: float) -> Ten
     return result.reshape(y.shape)
 
 
-def patch_moments(x: Tensor, *, stride: int, sets: int) -> tuple[Tensor, Tensor]:
+def patch_moments(x: Tensor, *, stride: int, sets: int, padding: int = 1) -> tuple[Tensor, Tensor]:
     """Mean (S, sets, 9 C, 1) and covariance (S, sets, 9 C, 9 C) of the 3x3 patches of x (S, sets * n, H, W, C)."""
-    windows = torch.unflatten(_windows(x, stride), 1, (sets, -1))
+    windows = torch.unflatten(_windows(x, stride, padding), 1, (sets, -1))
     planes = windows.permute(0, 1, 6, 7, 5, 2, 3, 4).flatten(5).flatten(2, 4)  # long runs in memory: a cheap copy
     mean = planes.mean(3, keepdim=True)
     planes = planes - mean
@@ -94,9 +95,9 @@ def _split(x: Tensor, tasks: int) -> Tensor:
     return torch.unflatten(x, 1, (tasks, -1)).permute(1, 0, 3, 4, 2)
 
 
-def _windows(x: Tensor, stride: int) -> Tensor:
+def _windows(x: Tensor, stride: int, padding: int = 1) -> Tensor:
     """The 3x3 neighbourhoods of x (S, N, H, W, C) as a view (S, N, h, w, C, 3, 3) of a padded copy."""
-    return F.pad(x, (0, 0, 1, 1, 1, 1)).unfold(2, 3, stride).unfold(3, 3, stride)
+    return F.pad(x, (0, 0, *[padding] * 4)).unfold(2, 3, stride).unfold(3, 3, stride)
 
 
 class _Engine(Protocol):

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from typing import Literal
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,11 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metabench import backbones
 from metabench.algorithms.base import tracking
-from metabench.backbones import FORESEEN, METABENCH_BACKBONES, Conv4, Norm, make_backbone
+from metabench.backbones import FORESEEN, METABENCH_BACKBONES, Conv4, Koch, Norm, Pool, make_backbone
 from metabench.errors import ConfigError
-
-Pool = Literal["max", "stride"]
 
 
 def little(norm: Norm = "support", *, pool: Pool = "max", filters: int = 3, side: int = 16) -> Conv4:
@@ -39,18 +36,23 @@ def textbook(body: Conv4, *, track: bool) -> nn.Sequential:
     layers: list[nn.Module] = []
     for i in range(4):
         weight = body.get_parameter(f"conv{i}")
-        conv = nn.Conv2d(weight.shape[1], weight.shape[0], 3, padding=1, stride=1 if body.pool == "max" else 2)
+        conv = nn.Conv2d(weight.shape[1], weight.shape[0], 3, padding=body.padding[i], stride=body.stride)
         norm = nn.BatchNorm2d(weight.shape[0], eps=body.eps, track_running_stats=track)
         for own, name in ((conv.weight, "conv"), (conv.bias, "bias"), (norm.weight, "gamma"), (norm.bias, "beta")):
             assert own is not None
             own.data = body.get_parameter(f"{name}{i}").detach().clone()
-        layers += [conv, norm, nn.ReLU()] + ([nn.MaxPool2d(2)] if body.pool == "max" else [])
+        layers += [conv, norm, nn.ReLU()] + [nn.MaxPool2d(2)] * (i < body.pooled)
     return nn.Sequential(*layers, nn.Flatten()).double()
 
 
 @pytest.mark.parametrize(
     ("name", "out", "count"),
-    [("conv4", 64, 111_936), ("conv4-strided", 64, 111_936), ("conv4-strided-flat", 256, 111_936)],
+    [
+        ("conv4", 64, 111_936),
+        ("conv4-strided", 64, 111_936),
+        ("conv4-strided-flat", 256, 111_936),
+        ("conv4-maps", 64 * 5 * 5, 111_936),
+    ],
 )
 def test_sizes_on_omniglot(name: str, out: int, count: int) -> None:
     body = make_backbone(name, (1, 28, 28), norm="support")
@@ -66,7 +68,7 @@ def test_sizes_on_other_shapes() -> None:
     mlp = make_backbone("mlp", (1,), norm="support")
     assert mlp.out_dim == 40 and sum(p.numel() for p in mlp.parameters()) == 80 + 1640
     assert make_backbone("mlp64", (1,), norm="support").out_dim == 64
-    assert len(METABENCH_BACKBONES) == 5
+    assert len(METABENCH_BACKBONES) == 8
 
 
 def test_impossible_requests_name_the_fix() -> None:
@@ -76,6 +78,10 @@ def test_impossible_requests_name_the_fix() -> None:
         make_backbone("conv4", (1,), norm="support")
     with pytest.raises(ConfigError, match="16x16"):
         make_backbone("conv4", (1, 12, 12), norm="support")
+    with pytest.raises(ConfigError, match="10x10"):
+        make_backbone("conv4-maps", (1, 9, 9), norm="support")
+    with pytest.raises(ConfigError, match=r"koch35 needs images of 35x35 pixels, got 28x28.*size: 35"):
+        make_backbone("koch35", (1, 28, 28), norm="running")
 
 
 def test_glorot_initialisation() -> None:
@@ -86,7 +92,7 @@ def test_glorot_initialisation() -> None:
     assert float(body.get_parameter("bias2").detach().abs().max()) == 0
 
 
-@pytest.mark.parametrize("pool", ["max", "stride"])
+@pytest.mark.parametrize("pool", ["max", "stride", "early"])
 def test_each_task_is_a_batch_of_pytorchs_layers(pool: Pool) -> None:
     """Also proves that pooling before the ReLU gives the same, in value and in gradient."""
     body, x = little(pool=pool), pictures(3, 5)
@@ -101,8 +107,9 @@ def test_each_task_is_a_batch_of_pytorchs_layers(pool: Pool) -> None:
     torch.testing.assert_close(gradient, plain[0].weight.grad, rtol=1e-8, atol=1e-10)
 
 
-def test_running_mode_is_pytorchs_batch_norm_and_moves_only_while_tracked() -> None:
-    body = little("running")
+@pytest.mark.parametrize("pool", ["max", "early"])
+def test_running_mode_is_pytorchs_batch_norm_and_moves_only_while_tracked(pool: Pool) -> None:
+    body = little("running", pool=pool)
     plain = textbook(body, track=True)
     x = pictures(1, 6)[0]
     untouched = {n: b.clone() for n, b in body.named_buffers()}
@@ -112,8 +119,9 @@ def test_running_mode_is_pytorchs_batch_norm_and_moves_only_while_tracked() -> N
     with tracking(body):
         body(x)
     assert not body.tracking
-    torch.testing.assert_close(body.get_buffer("mean1"), plain[5].running_mean, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(body.get_buffer("var1"), plain[5].running_var, rtol=1e-10, atol=1e-12)
+    for i, layer in enumerate(m for m in plain if isinstance(m, nn.BatchNorm2d)):
+        torch.testing.assert_close(body.get_buffer(f"mean{i}"), layer.running_mean, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(body.get_buffer(f"var{i}"), layer.running_var, rtol=1e-10, atol=1e-12)
     body.eval()
     moved = {n: b.clone() for n, b in body.named_buffers()}
     torch.testing.assert_close(body(x), plain.eval()(x), rtol=1e-10, atol=1e-12)
@@ -221,7 +229,7 @@ def test_one_channel_images_run_channels_last_from_the_first_layer():
     backbone = make_backbone("conv4", (1, 28, 28), norm="running")
     seen = []
     original = backbone._shrink
-    backbone._shrink = lambda h: seen.append(h.is_contiguous()) or original(h)  # (1, N, H, W, C)
+    backbone._shrink = lambda h, i: seen.append(h.is_contiguous()) or original(h, i)  # (1, N, H, W, C)
     backbone(torch.rand(4, 1, 28, 28))
     assert seen == [True] * 4
 
@@ -236,7 +244,7 @@ def test_the_layout_changes_no_feature(name: str, norm: Norm) -> None:
     torch.testing.assert_close(body.embed_support(params(body), x)[0], last, rtol=1e-10, atol=1e-12)
     seen = []
     original = body._shrink
-    body._shrink = lambda h: seen.append(h[0].permute(0, 3, 1, 2).is_contiguous()) or original(h)
+    body._shrink = lambda h, i: seen.append(h[0].permute(0, 3, 1, 2).is_contiguous()) or original(h, i)
     body.embed_support(params(body), x)
     assert all(seen)
 
@@ -263,3 +271,71 @@ def test_an_embedding_compiles_as_one_graph(name: str) -> None:
     whole = torch.compile(body, backend="eager", fullgraph=True, dynamic=False)
     with torch.no_grad():
         assert torch.equal(whole(x), body(x))
+
+
+def koch_textbook(body: Koch) -> nn.Sequential:
+    """PyTorch's own layers, ReLU before pooling, with `body`'s weights."""
+    layers: list[nn.Module] = []
+    for i in range(4):
+        weight = body.get_parameter(f"conv{i}")
+        conv = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2])
+        conv.weight, conv.bias = nn.Parameter(weight.detach()), nn.Parameter(body.get_parameter(f"bias{i}").detach())
+        layers += [conv, nn.ReLU()] + [nn.MaxPool2d(2)] * (i < 3)
+    last = nn.Linear(1, 1)
+    last.weight, last.bias = (nn.Parameter(body.get_parameter(f"{name}4").detach()) for name in ("weight", "bias"))
+    return nn.Sequential(*layers, nn.Flatten(), last, nn.Sigmoid())
+
+
+def test_kochs_network_is_the_papers() -> None:
+    torch.manual_seed(0)
+    body = make_backbone("koch105", (1, 105, 105), norm="running")
+    assert isinstance(body, Koch) and body.out_dim == 4096 and body.widest == 64 * 96 * 96
+    assert sum(p.numel() for p in body.parameters()) == 38_947_648  # with the pair's head of 4097: 38.95 million
+    x = torch.rand(2, 1, 105, 105)
+    plain, sides, h = koch_textbook(body), [], x
+    for layer in plain:
+        h = layer(h)
+        sides += [tuple(h.shape[1:])] if isinstance(layer, nn.Conv2d | nn.MaxPool2d) else []
+    assert sides == [
+        (64, 96, 96), (64, 48, 48), (128, 42, 42), (128, 21, 21), (128, 18, 18), (128, 9, 9), (256, 6, 6),
+    ]  # fmt: skip
+    torch.testing.assert_close(body(x), h, rtol=1e-3, atol=1e-4)
+    weights = {name: p.detach() for name, p in body.named_parameters()}
+    for name, p in weights.items():
+        spread, middle = (0.01, 0.5) if name.startswith("bias") else (0.2 if name == "weight4" else 0.01, 0.0)
+        few = 5 * spread / len(p.flatten()) ** 0.5  # standard errors
+        assert abs(p.mean() - middle) < few and abs(p.std() - spread) < few, name
+
+
+def test_kochs_reduced_network_in_value_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    body = make_backbone("koch35", (1, 35, 35), norm="running").double()
+    assert isinstance(body, Koch) and [p.shape[-1] for n, p in params(body).items() if "conv" in n] == [5, 3, 2, 2]
+    x = pictures(1, 5, side=35)[0]
+    plain = koch_textbook(body)
+    wanted = plain(x)
+    monkeypatch.setattr(backbones, "AT_ONCE", 2 * body.widest)  # in parts of 2, 2 and 1
+    for channels_last in (True, False):
+        body.channels_last = channels_last
+        got = body(x)
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+    target = torch.randn_like(wanted)
+    (got * target).sum().backward()
+    (wanted * target).sum().backward()
+    torch.testing.assert_close(body.get_parameter("conv0").grad, plain[0].weight.grad, rtol=1e-8, atol=1e-12)
+    body.bf16 = True
+    rounded = body(x)
+    assert rounded.dtype == torch.float64 and 0 < (rounded - wanted).abs().max() < 0.05
+
+
+def test_kochs_network_with_weights_of_each_tasks_own() -> None:
+    torch.manual_seed(0)
+    body = make_backbone("koch35", (1, 35, 35), norm="support").double()
+    x = pictures(2, 3, side=35)
+    own = {name: torch.stack([p, p * 1.1]).detach() for name, p in body.named_parameters()}
+    own["bias4"] = body.get_parameter("bias4").detach()  # shared
+    got, stats = body.apply_to(own, x)
+    assert stats == ()
+    for task in range(2):
+        mine = {name: p[task] if name != "bias4" else p for name, p in own.items()}
+        torch.testing.assert_close(got[task], body.features(mine, x[task : task + 1])[0], rtol=1e-12, atol=1e-14)

@@ -34,6 +34,16 @@ def test_convolution_is_pytorchs_for_each_task_and_exact_to_the_second_order(
     assert gradgradcheck(lambda weight, bias: run(images, weight, bias), (weight, bias))
 
 
+@pytest.mark.parametrize("unfolded", [False, True])
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_an_unpadded_convolution_is_pytorchs_too(unfolded: bool, tasks: int) -> None:
+    x, weight, bias = made(tasks, 2, 5, 4, 2), made(tasks, 3, 2, 3, 3, seed=1), made(tasks, 3, seed=2)
+    with unfolding(unfolded):
+        got = convolve(x, weight, bias, stride=1, padding=0)
+    wanted = [F.conv2d(x[t].permute(0, 3, 1, 2), weight[t], bias[t]) for t in range(tasks)]
+    torch.testing.assert_close(got, torch.stack(wanted).permute(0, 1, 3, 4, 2))
+
+
 def test_a_bias_may_be_shared_by_all_tasks() -> None:
     x, weight, bias = made(3, 2, 4, 4, 2), made(3, 3, 2, 3, 3, seed=1), made(1, 3, seed=2)
     plain = convolve(x, weight, bias, stride=2)
@@ -58,11 +68,11 @@ def test_unfolding_ends_with_the_block() -> None:
     assert not convolve(x, weight, bias, stride=1).is_contiguous()  # in memory images before tasks: grouped
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_moments_of_patches_are_those_of_a_convolutions_output(stride: int) -> None:
+@pytest.mark.parametrize(("stride", "padding"), [(1, 1), (2, 1), (1, 0)])
+def test_moments_of_patches_are_those_of_a_convolutions_output(stride: int, padding: int) -> None:
     x, weight = made(2, 6, 5, 4, 2).detach(), made(2, 3, 2, 3, 3, seed=1).detach()
-    mean, covariance = patch_moments(x, stride=stride, sets=2)
-    y = convolve(x, weight, torch.zeros(1, 3, dtype=torch.float64), stride=stride)
+    mean, covariance = patch_moments(x, stride=stride, sets=2, padding=padding)
+    y = convolve(x, weight, torch.zeros(1, 3, dtype=torch.float64), stride=stride, padding=padding)
     y = torch.unflatten(y, 1, (2, 3)).flatten(2, 4)  # (S, sets, rows, O)
     rows = weight.permute(0, 1, 3, 4, 2).flatten(2)[:, None]
     torch.testing.assert_close((rows @ mean)[..., 0], y.mean(2))

@@ -150,7 +150,7 @@ def test_random1200_never_changes() -> None:
 def test_unknown_split_and_size() -> None:
     with pytest.raises(ConfigError, match=r"'vinyal'.*did you mean 'vinyals'"):
         omniglot.build(split="vinyal")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="28 or 105, not 32"):
+    with pytest.raises(ConfigError, match="28, 35 or 105, not 32"):
         omniglot.build(size=32)  # type: ignore[arg-type]
 
 
@@ -299,6 +299,21 @@ def test_large_images_are_the_pngs_in_order() -> None:
 
 @needs_data
 @pytest.mark.usefixtures("warm")
+def test_the_third_size_shows_the_same_episodes(decoded: Decoded) -> None:
+    """Its side is a third of the original's; it is made at its first use only, and nothing else changes."""
+    assert not files.present(omniglot._small_path(35))
+    data = omniglot.build(size=35)
+    assert files.present(omniglot._small_path(35)) and omniglot.verify().state == "cached"
+    large = omniglot.build(size=105).images[:50]
+    means = large.reshape(50, 20, 35, 3, 35, 3).mean((3, 5))  # what a resize by 3 is near to, whatever the filter
+    assert np.corrcoef(means.ravel(), data.images[:50].ravel())[0, 1] > 0.95
+    shape = {"ways": 5, "shots": 1, "queries": 1, "rotations": "classes", "seed": 0, "device": "cpu"}
+    small, smaller = (d.tasks("test", **shape).episodes(0, 4) for d in (data, decoded.data))
+    assert small.ids == smaller.ids and small.support.x.shape[-2:] == (35, 35)
+
+
+@needs_data
+@pytest.mark.usefixtures("warm")
 @pytest.mark.parametrize("size", [28, 105])
 def test_later_loads_are_fast(size: int) -> None:
     seconds = []
@@ -327,7 +342,7 @@ def test_damaged_small_cache_is_made_again(
     decoded: Decoded, warm: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     """The drawings are cached too: the small images come from these, without the source."""
-    monkeypatch.setattr(omniglot, "_resized", lambda _: decoded.data.images)  # 3 s, and not the point here
+    monkeypatch.setattr(omniglot, "_resized", lambda *_: decoded.data.images)  # 3 s, and not the point here
     path = next(warm.glob("*28x28*"))
     spoil(path, damage)
     with pytest.raises(DataError, match=r"28x28.* is damaged"):

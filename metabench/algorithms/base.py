@@ -43,7 +43,9 @@ class Algorithm(nn.Module, ABC):
 
     feeds: ClassVar[Literal["episodes", "images"] | None] = "episodes"
     inner_loop: bool = False  # whether adaptation takes steps, so that there is a prediction before them
-    plateau: ClassVar[bool] = False  # whether a training answers at chance for its first hundreds or thousands of steps
+    slow_start: ClassVar[float] = (
+        1  # times the training steps that most methods need to learn anything
+    )
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()
@@ -58,8 +60,11 @@ class Algorithm(nn.Module, ABC):
         """The training loss of a step (0-d) and detached figures worth watching: adapt on support, loss on query."""
         if not isinstance(batch, Episode):
             raise TypeError(f"{type(self).__name__} trains on episodes")
-        output = self.adapt(batch.support, seeds=batch.seeds)(batch.query.x)
-        return query_loss(self.problem, output, batch.query)
+        return self.objective(self.adapt(batch.support, seeds=batch.seeds)(batch.query.x), batch.query)
+
+    def objective(self, output: Tensor, query: Batch) -> tuple[Tensor, Metrics]:
+        """What training minimises, given the Learner's output (T, m, ways | d) on the query set; see `query_loss`."""
+        return query_loss(self.problem, output, query)
 
     def follow(self, stream: Stream) -> Tensor:
         """Logits (T, L, ways) at every step of streams, from the images so far and the labels of the steps before.
@@ -106,9 +111,14 @@ def query_loss(problem: Problem, output: Tensor, query: Batch) -> tuple[Tensor, 
 
 
 def schedule(
-    optimizer: torch.optim.Optimizer, kind: Schedule, total_steps: int, *, floor: float = 0.0
+    optimizer: torch.optim.Optimizer,
+    kind: Schedule,
+    total_steps: int,
+    *,
+    floor: float = 0.0,
+    halve_every: int = HALVE_EVERY,
 ) -> torch.optim.lr_scheduler.LambdaLR | None:
-    """How the learning rate moves: not at all, along half a cosine to 0 at `total_steps`, or halved every 2000 steps.
+    """How the learning rate moves: not at all, along half a cosine to 0 at `total_steps`, or halved every so often.
 
     The cosine ends at the share `floor` of the first rate. In closed form of the step, so that a resumed training sees
     exactly the rates of an uninterrupted one.
@@ -116,7 +126,7 @@ def schedule(
     if kind == "constant":
         return None
     if kind == "halving":
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 ** (step // HALVE_EVERY))
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 ** (step // halve_every))
     swing = (1 - floor) / 2
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: floor + swing + swing * math.cos(math.pi * min(step / max(total_steps, 1), 1.0))
@@ -124,7 +134,10 @@ def schedule(
 
 
 class Trainer:
-    """One optimiser step per `step`; all that a training must remember beyond the algorithm's own state."""
+    """One optimiser step per `step`; all that a training must remember beyond the algorithm's own state.
+
+    `clip` bounds the norm of the gradient, that of each of the optimiser's parameter groups apart.
+    """
 
     def __init__(
         self,
@@ -147,7 +160,8 @@ class Trainer:
             loss, metrics = self.algorithm.loss(batch)
         loss.backward()  # type: ignore[no-untyped-call]
         if self.clip is not None:
-            nn.utils.clip_grad_norm_(self.algorithm.parameters(), self.clip)
+            for group in self.optimizer.param_groups:
+                nn.utils.clip_grad_norm_(group["params"], self.clip)
         self.optimizer.step()
         if self.schedule is not None:
             self.schedule.step()

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from metabench.algorithms.base import Algorithm, Learner, Metrics, Schedule, Trainer, query_loss, schedule
+from metabench.algorithms.base import Algorithm, Learner, Metrics, Schedule, Trainer, schedule
 from metabench.backbones import Backbone
 from metabench.episodes import Batch, Episode, Problem
 
@@ -66,16 +66,31 @@ class Embedding(FeatureMethod):
         """As `Algorithm.loss`, with support and query in one pass: batch statistics mix both (Snell et al. 2017)."""
         if not (isinstance(batch, Episode) and self.cacheable):
             return super().loss(batch)
-        shots = batch.support.x.shape[1]
-        x = torch.cat([batch.support.x, batch.query.x], dim=1)
+        support, query = self.embed_episode(batch)
+        return self.objective(self.adapt_features(support, seeds=batch.seeds)(query), batch.query)
+
+    def embed_episode(self, batch: Episode) -> tuple[Batch, Tensor]:
+        """The support set with features for images, and features (T, m, d) of its queries; as `loss` has them."""
+        support = batch.support
+        if not self.cacheable:
+            params = dict(self.backbone.named_parameters())
+            features, stats = self.backbone.embed_support(params, support.x)
+            return replace(support, x=features), self.backbone.embed_query(params, batch.query.x, support.x, stats)
+        shots = support.x.shape[1]
+        x = torch.cat([support.x, batch.query.x], dim=1)
         z = self.embed(x.flatten(0, 1)).reshape(*x.shape[:2], -1)
-        decide = self.adapt_features(replace(batch.support, x=z[:, :shots]), seeds=batch.seeds)
-        return query_loss(self.problem, decide(z[:, shots:]), batch.query)
+        return replace(support, x=z[:, :shots]), z[:, shots:]
 
     def trainer(self, total_steps: int) -> Trainer:
         """Adam."""
         optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
         return Trainer(self, optimizer, schedule=schedule(optimizer, self.schedule, total_steps))
+
+
+def uniform(seeds: Tensor, *shape: int) -> Tensor:
+    """Random numbers (T, *shape) in [0, 1), float64 on the CPU; a task's depend on its own seed only."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+    return torch.stack([torch.rand(shape, generator=generator, dtype=torch.float64) for generator in generators])
 
 
 def prototypes(support: Batch) -> Tensor:

@@ -123,13 +123,13 @@ def plain_conv4(backbone: Conv4) -> nn.Sequential:
     layers: list[nn.Module] = []
     for i in range(4):
         weight, bias = (backbone.get_parameter(f"{name}{i}") for name in ("conv", "bias"))
-        stride = 1 if backbone.pool == "max" else 2
-        conv = nn.Conv2d(weight.shape[1], weight.shape[0], 3, stride=stride, padding=1)
+        stride, padding = backbone.stride, backbone.padding[i]
+        conv = nn.Conv2d(weight.shape[1], weight.shape[0], 3, stride=stride, padding=padding)
         # NCHW, as modules come: a library's user who asks for nothing else gets nothing else
         conv.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
         conv.bias = nn.Parameter(bias.detach().clone())
         layers += [conv, _batch_norm(backbone, i), nn.ReLU()]
-        if backbone.pool == "max":
+        if i < backbone.pooled:
             layers.append(nn.MaxPool2d(2))
     if backbone.average:
         layers.append(nn.AdaptiveAvgPool2d(1))

@@ -42,7 +42,7 @@ class SequenceLearner(Algorithm):
         schedule: how it moves over the training.
     """
 
-    plateau = True  # labels come late and in random order: nothing is learned until all of remembering works
+    slow_start = math.inf  # labels come late and in random order: nothing is learned until all of remembering works
 
     def __init__(
         self,

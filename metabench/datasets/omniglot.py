@@ -69,9 +69,10 @@ _log = logging.getLogger(__name__)
 
 _SPLITS = ("vinyals", "random1200", "background")
 _DRAWINGS, _SIDE = 20, 105
+_SMALL_SIDES = (28, 35)  # the first is what `fetch` makes ready
 _NAME = re.compile(r"(images_background|images_evaluation)/([^/]+/character\d\d)/\d{4}_(\d\d)\.png")
 _BITS_KEY = f"{VERSION} decoder-1 bits"
-# The key of the resized images names the drawings that they come from.
+# The key of the resized images names the drawings that they come from; their size stands in the shape.
 _SMALL_KEY = f"{VERSION} decoder-1 lanczos"
 
 
@@ -103,9 +104,11 @@ def _facts() -> _Facts:
 
 
 def build(
-    *, split: Literal["vinyals", "random1200", "background"] = "vinyals", size: Literal[28, 105] = 28
+    *, split: Literal["vinyals", "random1200", "background"] = "vinyals", size: Literal[28, 35, 105] = 28
 ) -> ImageData:
-    """Load Omniglot, strokes 255 on 0, at 28x28 (Lanczos, as learn2learn does) or at the original 105x105.
+    """Load Omniglot, strokes 255 on 0, at 28x28 (Lanczos, as learn2learn does), at 35x35, or at the original 105x105.
+
+    Episodes are the same at all sizes: the same drawings under the same hashes, so that they can be compared.
 
     The first use decodes the PNGs (some seconds, said in the log) into the cache folder; later ones read the
     cache, which is checked and made again when damaged. While the cache is good, the source is not looked at.
@@ -118,9 +121,9 @@ def build(
 
     if split not in _SPLITS:
         raise ConfigError(f"omniglot: no split {split!r}{did_you_mean(split, _SPLITS)}")
-    if size not in (28, 105):
-        raise ConfigError(f"omniglot: size is 28 or 105, not {size!r}")
-    images = _small() if size == 28 else _unpacked(_bits())
+    if size not in (*_SMALL_SIDES, _SIDE):
+        raise ConfigError(f"omniglot: size is 28, 35 or 105, not {size!r}")
+    images = _unpacked(_bits()) if size == _SIDE else _small(size)
     return ImageData("omniglot", VERSION, split, images, _facts().classes, _subsets(split))
 
 
@@ -142,8 +145,8 @@ def fetch() -> files.DataStatus:
     """
     if _cached_bits() is None:
         _decode_once(_local() or _downloaded())
-    if _cached_small() is None and _cached_bits() is not None:
-        _small()
+    if _cached_small(_SMALL_SIDES[0]) is None and _cached_bits() is not None:
+        _small(_SMALL_SIDES[0])
     return status()
 
 
@@ -157,10 +160,11 @@ def verify() -> files.DataStatus:
     if found := _local():
         _decode(found)
         checked.append(_named(found))
-    for path, read in ((_bits_path(), _cached_bits), (_small_path(), _cached_small)):
+    for side in (_SIDE, *_SMALL_SIDES):
+        path = _bits_path() if side == _SIDE else _small_path(side)
         if not files.present(path):
             continue
-        if read() is None:
+        if (_cached_bits() if side == _SIDE else _cached_small(side)) is None:
             raise DataError(f"the cache {path} is damaged. To make it again, {_GET}.")
         checked.append(str(path))
     if not checked:
@@ -209,15 +213,15 @@ def _random1200() -> dict[str, np.ndarray]:
     return {name: np.sort(part) for name, part in zip(("train", "val", "test"), parts, strict=True)}
 
 
-# The cache: drawings as packed bits (45 MB), and the images at 28x28 (25 MB)
+# The cache: drawings as packed bits (45 MB), and the images at 28x28 (25 MB) and, once asked for, at 35x35 (40 MB)
 
 
 def _bits_path() -> Path:
     return files.cache_dir() / "omniglot" / f"{VERSION}-decoder1-105x105-bits.cache"
 
 
-def _small_path() -> Path:
-    return files.cache_dir() / "omniglot" / f"{VERSION}-decoder1-28x28-lanczos.cache"
+def _small_path(side: int) -> Path:
+    return files.cache_dir() / "omniglot" / f"{VERSION}-decoder1-{side}x{side}-lanczos.cache"
 
 
 def _count() -> int:
@@ -229,8 +233,8 @@ def _cached_bits() -> np.ndarray | None:
     return files.read_cache(_bits_path(), key=_BITS_KEY, shape=shape, sha256=CONTENT_SHA256)
 
 
-def _cached_small() -> np.ndarray | None:
-    return files.read_cache(_small_path(), key=_SMALL_KEY, shape=(len(_facts().classes), _DRAWINGS, 28, 28))
+def _cached_small(side: int) -> np.ndarray | None:
+    return files.read_cache(_small_path(side), key=_SMALL_KEY, shape=(len(_facts().classes), _DRAWINGS, side, side))
 
 
 def _bits() -> np.ndarray:
@@ -246,12 +250,12 @@ def _decode_once(sources: Mapping[str, Path]) -> np.ndarray:
     return bits
 
 
-def _small() -> np.ndarray:
-    """All images at 28x28, from the cache or else resized into it."""
-    small = _cached_small()
+def _small(side: int) -> np.ndarray:
+    """All images at side x side, from the cache or else resized into it."""
+    small = _cached_small(side)
     if small is None:
-        small = _resized(_unpacked(_bits()))
-        files.write_cache(_small_path(), small, key=_SMALL_KEY)
+        small = _resized(_unpacked(_bits()), side)
+        files.write_cache(_small_path(side), small, key=_SMALL_KEY)
     return small
 
 
@@ -262,8 +266,8 @@ def _unpacked(bits: np.ndarray) -> np.ndarray:
     return images.reshape(-1, _DRAWINGS, _SIDE, _SIDE)
 
 
-def _resized(images: np.ndarray) -> np.ndarray:
-    """To 28x28 by Pillow's Lanczos filter (integer arithmetic, the same in all its releases so far).
+def _resized(images: np.ndarray, side: int) -> np.ndarray:
+    """To side x side by Pillow's Lanczos filter (integer arithmetic, the same in all its releases so far).
 
     Resized as 8-bit grey, black on white, and inverted after: on one-bit images Pillow takes the nearest pixel whatever
     filter is asked for.
@@ -271,10 +275,10 @@ def _resized(images: np.ndarray) -> np.ndarray:
     from PIL import Image
 
     flat = images.reshape(-1, _SIDE, _SIDE)
-    small = np.empty((len(flat), 28, 28), dtype=np.uint8)
+    small = np.empty((len(flat), side, side), dtype=np.uint8)
     for i, image in enumerate(flat):
-        small[i] = np.asarray(Image.fromarray(~image).resize((28, 28), Image.Resampling.LANCZOS))
-    return np.invert(small, out=small).reshape(*images.shape[:2], 28, 28)
+        small[i] = np.asarray(Image.fromarray(~image).resize((side, side), Image.Resampling.LANCZOS))
+    return np.invert(small, out=small).reshape(*images.shape[:2], side, side)
 
 
 # The source: where the zips or folders are, and how they are read

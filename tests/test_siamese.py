@@ -1,0 +1,225 @@
+"""Siamese networks against the paper's equation, written as loops over pairs in float64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from metabench.algorithms import siamese
+from metabench.algorithms.siamese import Siamese, build, draw
+from metabench.backbones import Koch
+from metabench.episodes import Batch, Episode, ImageData, Problem
+from metabench.errors import ConfigError
+from metabench.scoring import score_episodes
+
+PROBLEM = Problem(shape=(1, 16, 16), loss="cross_entropy", ways=3, classes=9)
+SEEDS = torch.arange(2)
+
+
+def make(problem: Problem = PROBLEM, **params: object) -> Siamese:
+    torch.manual_seed(0)
+    return build(problem, **params).double()  # type: ignore[arg-type, no-any-return]
+
+
+def features(seed: int, shots: int = 2, d: int = 64) -> tuple[Batch, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    y = torch.stack([torch.arange(3).repeat(shots)[torch.randperm(3 * shots, generator=g)] for _ in range(2)])
+    x = torch.randn(2, 3 * shots, d, generator=g, dtype=torch.float64)
+    return Batch(x, y, 3), torch.randn(2, 4, d, generator=g, dtype=torch.float64)
+
+
+def images(seed: int, *, shots: int = 1, ways: int = 3, side: int = 16) -> Episode:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.rand(2, ways * (shots + 1), 1, side, side, generator=g, dtype=torch.float64)
+    y = torch.arange(ways)
+    support = Batch(x[:, ways:], y.repeat_interleave(shots).expand(2, -1), ways)
+    order = torch.stack([torch.randperm(ways, generator=g) for _ in range(2)])
+    return Episode(support, Batch(x[:, :ways], order, ways), SEEDS)
+
+
+def pair_logit(algorithm: Siamese, a: Tensor, b: Tensor) -> Tensor:
+    """Section 3.1, component by component: the argument of the sigmoid."""
+    total = algorithm.head.bias[0]
+    for j in range(len(a)):
+        total = total + algorithm.head.weight[0, j] * abs(a[j] - b[j])
+    return total
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10**6), shots=st.integers(1, 3), combine=st.sampled_from(["mean", "max"]))
+def test_a_class_scores_by_its_pairs_with_the_query(seed: int, shots: int, combine: str) -> None:
+    algorithm, (support, x) = make(combine=combine), features(seed, shots)
+    output = algorithm.adapt_features(support, seeds=SEEDS)(x)
+    for t in range(2):
+        for q in range(x.shape[1]):
+            logits = [float(pair_logit(algorithm, x[t, q], s)) for s in support.x[t]]
+            for n in range(3):
+                own = [v for v, y in zip(logits, support.y[t], strict=True) if y == n]
+                wanted = max(own) if combine == "max" else sum(own) / len(own)
+                assert output[t, q, n].item() == pytest.approx(wanted, rel=1e-10, abs=1e-12)
+
+
+def test_comparing_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    algorithm, (support, x) = make(), features(0, shots=3)
+    whole = algorithm.similarities(x, support.x)
+    monkeypatch.setattr(siamese, "ROOM", 2 * x.numel())
+    torch.testing.assert_close(algorithm.similarities(x, support.x), whole, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("shots", [1, 2])
+@pytest.mark.parametrize("pairs", ["drawn", "all"])
+def test_the_loss_and_its_gradient_are_those_of_two_branches_over_a_list_of_pairs(pairs: str, shots: int) -> None:
+    """Each image goes through the network once for every pair that it is in; here it is encoded once for all."""
+    algorithm, episode = make(pairs=pairs).eval(), images(1, shots=shots)
+    support, query = episode.support, episode.query
+    same = query.y[:, :, None] == support.y[:, None]
+    alike, different = draw(same, episode.seeds)
+    losses: dict[bool, list[Tensor]] = {True: [], False: []}
+    for t in range(2):
+        for q in range(3):
+            for i in range(support.x.shape[1]):
+                if pairs == "drawn" and i not in (alike[t, q], different[t, q]):
+                    continue
+                one, other = (algorithm.embed(x[None])[0] for x in (query.x[t, q], support.x[t, i]))
+                target = (query.y[t, q] == support.y[t, i]).double()
+                logit = pair_logit(algorithm, one, other)
+                losses[bool(target)].append(F.binary_cross_entropy_with_logits(logit, target))
+    wanted = sum(losses[True]) / len(losses[True]) / 2 + sum(losses[False]) / len(losses[False]) / 2
+    assert pairs == "all" or len(losses[True]) == len(losses[False]) == 6  # half and half
+    gradients = torch.autograd.grad(wanted, list(algorithm.parameters()))
+    got, metrics = algorithm.loss(episode)
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+    for mine, theirs in zip(torch.autograd.grad(got, list(algorithm.parameters())), gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+    assert set(metrics) == {"loss", "pair_accuracy"}  # verification, which is no one-shot accuracy
+
+
+@pytest.mark.parametrize("shots", [1, 3])
+def test_all_pairs_are_what_drawn_pairs_are_on_average(shots: int) -> None:
+    episode = images(2, shots=shots)
+    drawn, every = make().eval(), make(pairs="all").eval()
+    with torch.no_grad():
+        found = torch.stack([drawn.loss(replace(episode, seeds=torch.tensor([i, -i])))[0] for i in range(400)])
+        wanted = every.loss(episode)[0]
+    assert abs(found.mean() - wanted) < 4 * found.std() / 20
+    assert found.std() > 0
+
+
+def test_pairs_are_drawn_uniformly_half_of_them_of_one_class_by_the_tasks_own_seed() -> None:
+    labels, query = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([2, 0, 1])
+    same = (query[:, None] == labels).expand(3000, -1, -1)
+    alike, different = draw(same, torch.arange(3000))
+    assert (labels[alike] == query).all() and (labels[different] != query).all()
+    for q in range(3):
+        counts = torch.bincount(alike[:, q], minlength=6)[same[0, q]]
+        assert (counts - 1500).abs().max() < 5 * math.sqrt(3000 / 4)
+        counts = torch.bincount(different[:, q], minlength=6)[~same[0, q]]
+        assert (counts - 750).abs().max() < 5 * math.sqrt(3000 * 3 / 16)
+    alone = draw(same[:1], torch.tensor([17]))
+    assert torch.equal(alone[0], alike[17:18]) and torch.equal(alone[1], different[17:18])
+
+
+def test_the_papers_batch_is_an_episode_of_64_ways() -> None:
+    y = torch.arange(64)[None]
+    same = y[:, :, None] == y[:, None]
+    alike, different = draw(same, torch.tensor([5]))
+    assert siamese.METABENCH["train"] == {"ways": 64, "shots": 1, "queries": 1}
+    assert alike.numel() + different.numel() == 128
+    assert torch.equal(alike, y) and not (different == y).any()
+
+
+def drawings() -> ImageData:
+    """24 classes of 4 drawings, no two alike."""
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 4, 16, 16), dtype=np.uint8)
+    subsets = {"train": np.arange(12), "val": np.arange(12, 14), "test": np.arange(14, 24)}
+    return ImageData("drawings", "1", "only", pixels, tuple(map(str, range(24))), subsets)
+
+
+def test_no_pair_is_one_drawing_twice() -> None:
+    shape = {"ways": 12, "shots": 2, "queries": 2, "rotations": "none", "seed": 0, "device": "cpu"}
+    episode = drawings().tasks("train", **shape).episodes(0, 20)  # type: ignore[arg-type]
+    support, query = episode.support, episode.query
+    alike, _ = draw(query.y[:, :, None] == support.y[:, None], episode.seeds)
+    chosen = torch.stack([x[i] for x, i in zip(support.x, alike, strict=True)])
+    assert (chosen - query.x).abs().flatten(2).amax(-1).min() > 0
+
+
+@pytest.mark.parametrize("what", ["head", "backbone"])
+@pytest.mark.parametrize("combine", ["mean", "max"])
+def test_a_constant_network_scores_exactly_chance(what: str, combine: str) -> None:
+    """An argmax that takes the first of equals makes 100 % of it where the true class always stands first."""
+    algorithm = make(combine=combine).float().eval()
+    with torch.no_grad():
+        for parameter in algorithm.head.parameters() if what == "head" else algorithm.backbone.parameters():
+            parameter.zero_()
+    shape = {"ways": 5, "shots": 2, "queries": 2, "rotations": "none", "seed": 0, "device": "cpu"}
+    found = score_episodes(algorithm.adapt, drawings().tasks("test", **shape), 10)  # type: ignore[arg-type]
+    assert found.scores == pytest.approx([0.2] * 10, abs=1e-12)
+
+
+def test_sure_pairs_do_not_tie() -> None:
+    """Probabilities that round to 1 would; the logits still say which is nearer."""
+    algorithm = make().float()
+    with torch.no_grad():
+        algorithm.head.weight.fill_(-1.0)
+        algorithm.head.bias.fill_(40.0)
+    x = torch.zeros(1, 3, 64)
+    x[:, 1:] += torch.tensor([0.01, 0.02])[None, :, None]
+    output = algorithm.adapt_features(Batch(x, torch.arange(3)[None], 3), seeds=SEEDS[:1])(x[:, :1])
+    assert (output.sigmoid() == 1).all()
+    assert output.argsort(-1, descending=True).flatten().tolist() == [0, 1, 2]
+
+
+def test_the_papers_network_begins_with_the_papers_head_and_is_not_saturated() -> None:
+    problem = replace(PROBLEM, shape=(1, 35, 35))
+    algorithm = make(problem, backbone="koch35")
+    assert isinstance(algorithm.backbone, Koch)
+    weight, bias = algorithm.head.weight.detach(), algorithm.head.bias.detach()
+    assert weight.shape == (1, 4096) and abs(weight.mean()) < 0.02
+    assert weight.std().item() == pytest.approx(0.2, rel=0.05)
+    assert bias.item() == pytest.approx(0.5, abs=0.05)
+    episode = images(3, side=35)
+    h = algorithm.embed(episode.query.x[0])
+    assert ((h > 0.01) & (h < 0.99)).double().mean() > 0.9
+    algorithm.loss(episode)[0].backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in algorithm.parameters())
+
+
+@pytest.mark.parametrize("backbone", ["conv4", "koch35"])
+def test_a_few_steps_lower_the_loss(backbone: str) -> None:
+    """A loss that stays at log 2 = 0.693 is the sign of a rate too high for the sigmoids."""
+    side = 35 if backbone == "koch35" else 16
+    algorithm = make(replace(PROBLEM, shape=(1, side, side)), backbone=backbone, lr=1e-4).float().train()
+    g = torch.Generator().manual_seed(0)
+    patterns = torch.rand(12, 1, side, side, generator=g).round()
+    y = torch.arange(12)[None]
+    noisy = [(patterns + 0.2 * torch.rand(patterns.shape, generator=g))[None] for _ in range(2)]
+    episode = Episode(Batch(noisy[0], y, 12), Batch(noisy[1], y, 12), SEEDS[:1])
+    trainer = algorithm.trainer(30)
+    for step in range(30):
+        loss = trainer.step(replace(episode, seeds=torch.tensor([step])))["loss"]
+    assert loss < 0.4
+
+
+def test_ordinary_weight_decay() -> None:
+    optimizer = make(weight_decay=0.1).trainer(1).optimizer
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1]
+
+
+def test_impossible_requests_name_the_fix() -> None:
+    with pytest.raises(ConfigError, match="weight_decay must be 0 or more"):
+        make(weight_decay=-1.0)
+    with pytest.raises(ConfigError, match=r"koch105 needs images of 105x105 pixels, got 16x16.*size: 105"):
+        make(backbone="koch105")
+    with pytest.raises(ConfigError, match="koch35 has no normalisation, so norm cannot be batch: leave it out"):
+        make(replace(PROBLEM, shape=(1, 35, 35)), backbone="koch35", norm="batch")
+    with pytest.raises(TypeError, match="trains on episodes"):
+        make().loss(images(0).support)
