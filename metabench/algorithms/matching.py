@@ -32,23 +32,24 @@ Similarity = Literal["cosine", "cosine_unnormalised_query", "sqeuclidean"]
 class Context(nn.Module):
     """Full context embeddings (Vinyals et al. 2016, appendix A): features that know the whole support set.
 
-    Support items are read in both directions, g_i = forward_i + backward_i + x_i. A query attends to them in `steps`
-    rounds: the read r = sum_i softmax_i(h . g_i) g_i and the query x enter an LSTM cell, whose output plus x is the next
-    h, the first h being x. The paper gives the cell [h, r] for a hidden state; here, as in Chen et al. 2019's code and
-    others, r stands in the input, [x, r], and the hidden state is h.
+    Support items are read in both directions, g_i = forward_i + backward_i + x_i. A query x attends to them in `steps`
+    rounds, beginning with h = x: the read r = sum_i softmax_i(h . g_i) g_i and x enter an LSTM cell, and its output
+    plus x is the next h. The paper gives the cell [h, r] for a hidden state; here, as in the code of Chen et al. 2019
+    and others, r stands in the input, [x, r], and the hidden state is h.
     """
 
     def __init__(self, features: int, *, steps: int) -> None:
         super().__init__()
         self.steps = steps
-        self.reader = nn.LSTM(features, features, batch_first=True, bidirectional=True)
+        # cells: cuDNN's LSTM has no gradient in evaluation mode
+        self.onwards, self.backwards = nn.LSTMCell(features, features), nn.LSTMCell(features, features)
         self.cell = nn.LSTMCell(2 * features, features)
 
     def support(self, x: Tensor, order: Tensor) -> Tensor:
         """Support features x (T, n, d) in the context of each other, read in the `order` (T, n) of their places."""
         places = order[..., None]
-        read, _ = self.reader(x.take_along_dim(places, 1))
-        context = torch.unflatten(read, 2, (2, -1)).sum(2)
+        sequence = x.take_along_dim(places, 1)
+        context = states(self.onwards, sequence) + states(self.backwards, sequence.flip(1)).flip(1)
         return x + context.take_along_dim(places.argsort(1), 1)  # each item's own, at its own place
 
     def query(self, x: Tensor, support: Tensor) -> Tensor:
@@ -62,12 +63,22 @@ class Context(nn.Module):
         return h
 
 
+def states(cell: nn.LSTMCell, sequence: Tensor) -> Tensor:
+    """The hidden states (T, n, d) of an LSTM that reads a sequence (T, n, d), from zero."""
+    h = c = torch.zeros_like(sequence[:, 0])
+    found = []
+    for item in sequence.unbind(1):
+        h, c = cell(item, (h, c))
+        found.append(h)
+    return torch.stack(found, 1)
+
+
 class MatchingNet(Embedding):
     """Vinyals et al. 2016, eq. 1, with or without full context embeddings (see `Context`).
 
     P(y | x, S) = sum_i a(x, x_i) [y_i = y], with a the softmax over all support items of the similarity; the loss is
-    -log P (not cross-entropy on summed similarities). The Learner's logits are log P. The features of an image are those
-    before any context, which is support's and query's own affair in `adapt_features`.
+    -log P (not cross-entropy on summed similarities). The Learner's logits are log P. Features are those of an image
+    alone: their context is added in `adapt_features`.
     """
 
     def __init__(

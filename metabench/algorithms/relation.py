@@ -82,7 +82,7 @@ class RelationModule(nn.Module):
         return scores.reshape(pairs.shape[:3])
 
     def _convolution(self, i: int) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a convolution, with its norm where that is known beforehand: a pass less over the pairs."""
+        """Weight and bias of a convolution, with its norm where that is known beforehand: it saves passes."""
         weight, bias, gamma, beta = (self.get_parameter(f"{name}{i}") for name in ("conv", "bias", "gamma", "beta"))
         if not self.averaged:
             return weight, bias
