@@ -265,7 +265,8 @@ def test_many_channels_normalise_as_few() -> None:
 
 @pytest.mark.parametrize("name", METABENCH_BACKBONES)
 def test_an_embedding_compiles_as_one_graph(name: str) -> None:
-    shape = (4,) if name.startswith("mlp") else (1, 16, 16)
+    side = {"koch105": 105, "koch35": 35}.get(name, 16)
+    shape = (4,) if name.startswith("mlp") else (1, side, side)
     body = make_backbone(name, shape, norm="running" if len(shape) == 3 else "layer").eval()
     x = torch.randn(6, *shape, generator=torch.Generator().manual_seed(0))
     whole = torch.compile(body, backend="eager", fullgraph=True, dynamic=False)

@@ -60,7 +60,7 @@ def test_a_class_scores_by_its_pairs_with_the_query(seed: int, shots: int, combi
     output = algorithm.adapt_features(support, seeds=SEEDS)(x)
     for t in range(2):
         for q in range(x.shape[1]):
-            logits = [float(pair_logit(algorithm, x[t, q], s)) for s in support.x[t]]
+            logits = [pair_logit(algorithm, x[t, q], s).item() for s in support.x[t]]
             for n in range(3):
                 own = [v for v, y in zip(logits, support.y[t], strict=True) if y == n]
                 wanted = max(own) if combine == "max" else sum(own) / len(own)
@@ -107,9 +107,9 @@ def test_all_pairs_are_what_drawn_pairs_are_on_average(shots: int) -> None:
     episode = images(2, shots=shots)
     drawn, every = make().eval(), make(pairs="all").eval()
     with torch.no_grad():
-        found = torch.stack([drawn.loss(replace(episode, seeds=torch.tensor([i, -i])))[0] for i in range(400)])
+        found = torch.stack([drawn.loss(replace(episode, seeds=torch.tensor([i, -i])))[0] for i in range(100)])
         wanted = every.loss(episode)[0]
-    assert abs(found.mean() - wanted) < 4 * found.std() / 20
+    assert abs(found.mean() - wanted) < 4 * found.std() / 10
     assert found.std() > 0
 
 
@@ -193,11 +193,11 @@ def test_the_papers_network_begins_with_the_papers_head_and_is_not_saturated() -
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in algorithm.parameters())
 
 
-@pytest.mark.parametrize("backbone", ["conv4", "koch35"])
-def test_a_few_steps_lower_the_loss(backbone: str) -> None:
-    """A loss that stays at log 2 = 0.693 is the sign of a rate too high for the sigmoids."""
+@pytest.mark.parametrize(("backbone", "lr"), [("conv4", 1e-3), ("koch35", 3e-4)])
+def test_a_few_steps_lower_the_loss(backbone: str, lr: float) -> None:
+    """A loss that stays at log 2 = 0.693 is the sign of a rate too high, or of saturated sigmoids."""
     side = 35 if backbone == "koch35" else 16
-    algorithm = make(replace(PROBLEM, shape=(1, side, side)), backbone=backbone, lr=1e-4).float().train()
+    algorithm = make(replace(PROBLEM, shape=(1, side, side)), backbone=backbone, lr=lr).float().train()
     g = torch.Generator().manual_seed(0)
     patterns = torch.rand(12, 1, side, side, generator=g).round()
     y = torch.arange(12)[None]

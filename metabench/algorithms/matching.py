@@ -42,14 +42,15 @@ class Context(nn.Module):
     def __init__(self, features: int, *, steps: int) -> None:
         super().__init__()
         self.steps = steps
-        self.reader = nn.LSTM(features, features, batch_first=True, bidirectional=True)
+        # cells: cuDNN's LSTM has no gradient in evaluation mode
+        self.onwards, self.backwards = nn.LSTMCell(features, features), nn.LSTMCell(features, features)
         self.cell = nn.LSTMCell(2 * features, features)
 
     def support(self, x: Tensor, order: Tensor) -> Tensor:
         """Support features x (T, n, d) in the context of each other, read in the `order` (T, n) of their places."""
         places = order[..., None]
-        read, _ = self.reader(x.take_along_dim(places, 1))
-        context = torch.unflatten(read, 2, (2, -1)).sum(2)
+        sequence = x.take_along_dim(places, 1)
+        context = states(self.onwards, sequence) + states(self.backwards, sequence.flip(1)).flip(1)
         return x + context.take_along_dim(places.argsort(1), 1)  # each item's own, at its own place
 
     def query(self, x: Tensor, support: Tensor) -> Tensor:
@@ -61,6 +62,16 @@ class Context(nn.Module):
             out, c = self.cell(torch.cat([inputs, read.flatten(0, 1)], -1), (h.flatten(0, 1), c))
             h = out.reshape(x.shape) + x
         return h
+
+
+def states(cell: nn.LSTMCell, sequence: Tensor) -> Tensor:
+    """The hidden states (T, n, d) of an LSTM that reads a sequence (T, n, d), from zero."""
+    h = c = torch.zeros_like(sequence[:, 0])
+    found = []
+    for item in sequence.unbind(1):
+        h, c = cell(item, (h, c))
+        found.append(h)
+    return torch.stack(found, 1)
 
 
 class MatchingNet(Finetuned):
