@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "convolution": NOBODY,
     "backbones": {"convolution"},
     "tasks": {"convolution"},
-    "algorithms": {"algorithms", *TASKS},
+    "algorithms": {"algorithms", "convolution", *TASKS},
     "datasets": {"datasets", "episodes"},
     "scoring": {"algorithms", *TASKS},
     "training": {"algorithms", "scoring", *TASKS},

@@ -43,9 +43,7 @@ class Algorithm(nn.Module, ABC):
 
     feeds: ClassVar[Literal["episodes", "images"] | None] = "episodes"
     inner_loop: bool = False  # whether adaptation takes steps, so that there is a prediction before them
-    slow_start: ClassVar[float] = (
-        1  # times the training steps that most methods need to learn anything
-    )
+    slow_start: ClassVar[float] = 1  # times the training steps that most methods need to learn anything
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()

@@ -99,9 +99,7 @@ class MatchingNet(Finetuned):
         super().__init__(problem, backbone, lr=lr, schedule=schedule)
         self.use(finetune)
         if fce and finetune.steps > 0:
-            raise ConfigError(
-                "matching: a linear head knows no context: set finetune_steps=0 or fce=false"
-            )
+            raise ConfigError("matching: a linear head knows no context: set finetune_steps=0 or fce=false")
         self.similarity = similarity
         if fce_steps < 1:
             raise ConfigError(f"matching: fce_steps must be at least 1, not {fce_steps}; without context: fce=false")
