@@ -295,7 +295,7 @@ def test_no_class_number_is_preferred_on_average(case: Case) -> None:
     assert abs(float(gap.mean())) <= 3 * float(gap.std()) / count**0.5
 
 
-@_over(case for case in DEFAULTS if PLUGINS[case.name].parameter("strategy"))
+@_over(case for case in _trained(DEFAULTS) if PLUGINS[case.name].parameter("strategy"))
 def test_every_strategy_gives_the_serial_gradients(case: Case) -> None:
     """Of the training loss with respect to all parameters, second order where the method is."""
 
