@@ -22,7 +22,7 @@ from metabench.catalogue import Plugin, catalogue
 from metabench.episodes import Batch, Episode, ImageData, Problem, TaskDistribution
 
 WAYS, SHOTS, QUERIES, TASKS = 3, 2, 1, 2
-FITS_A_HEAD = {"baseline", "fomaml", "maml", "maml++", "meta-sgd", "reptile"}
+FITS_A_HEAD = {"baseline", "fomaml", "lstm-metalearner", "maml", "maml++", "meta-sgd", "reptile"}
 """Whose answer starts from initial output weights: labels are not interchangeable, and zero steps mean chance."""
 
 
@@ -47,7 +47,12 @@ def _norms(plugin: Plugin, problem: str) -> list[str | None]:
 
 PLUGINS = catalogue().algorithms
 REGRESSION = [p for p in catalogue().datasets.values() if p.meta["problem"] == "regression"]
-CHEAPER = {"centre_images": 64, "epochs": 20, "test_steps": 5}  # parameters that cost time and change no promise
+CHEAPER = {
+    "centre_images": 64,
+    "epochs": 20,
+    "filters": 16,
+    "test_steps": 5,
+}  # parameters that cost time and change no promise
 CASES = [Case(p.name, norm, kind) for p in PLUGINS.values() for kind in p.meta["problems"] for norm in _norms(p, kind)]
 DEFAULTS = [case for case in CASES if case.norm == getattr(PLUGINS[case.name].parameter("norm"), "default", None)]
 CLASSIFIERS = [case for case in CASES if case.problem == "classification"]
