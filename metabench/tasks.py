@@ -83,6 +83,18 @@ class Execution:
             value = loss(leaves)
         return dict(zip(leaves, torch.autograd.grad(value, list(leaves.values()), create_graph=keep), strict=True))
 
+    def gradient_and_more(self, loss: Callable[[Params], tuple[Tensor, Any]], params: Params) -> tuple[Params, Any]:
+        """The gradient of loss(params)[0] (see `gradient`) and what else loss(params) gives: all of it constants."""
+        fixed = {name: value.detach() for name, value in params.items()}
+        if self.strategy == "vmap":
+            with torch.no_grad():
+                return torch.func.grad(loss, has_aux=True)(fixed)  # type: ignore[no-any-return]
+        leaves = {name: value.requires_grad_() for name, value in fixed.items()}
+        with torch.enable_grad():
+            value, more = loss(leaves)
+        gradient = torch.autograd.grad(value, list(leaves.values()))
+        return dict(zip(leaves, gradient, strict=True)), tree_map(torch.Tensor.detach, more)
+
 
 def _functional(loss: Callable[[Params], Tensor], params: Params) -> Params:
     gradient: Params = torch.func.grad(loss)(params)

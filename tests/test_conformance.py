@@ -23,7 +23,18 @@ from metabench.catalogue import Plugin, catalogue
 from metabench.episodes import Batch, Episode, ImageData, Problem, TaskDistribution
 
 WAYS, SHOTS, QUERIES, TASKS = 3, 2, 1, 2
-FITS_A_HEAD = {"baseline", "baseline++", "fomaml", "maml", "maml++", "meta-sgd", "metanet", "reptile", "scratch"}
+FITS_A_HEAD = {
+    "baseline",
+    "baseline++",
+    "fomaml",
+    "lstm-metalearner",
+    "maml",
+    "maml++",
+    "meta-sgd",
+    "metanet",
+    "reptile",
+    "scratch",
+}
 """Whose answer starts from initial output weights: labels are not interchangeable, and zero steps mean chance."""
 READS_LABELS = {"mann", "lstm-baseline"}
 """Whose learned weights take labels in, as numbers: labels are not interchangeable."""
@@ -55,6 +66,7 @@ CHEAPER = {
     "epochs": 50,
     "test_steps": 5,
     "memory_tasks": 24,
+    "filters": 16,
 }  # parameters that cost time and change no promise
 CASES = [Case(p.name, norm, kind) for p in PLUGINS.values() for kind in p.meta["problems"] for norm in _norms(p, kind)]
 DEFAULTS = [case for case in CASES if case.norm == getattr(PLUGINS[case.name].parameter("norm"), "default", None)]

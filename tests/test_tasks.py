@@ -71,6 +71,18 @@ def test_frozen_parameters_stay_frozen(execution: Execution) -> None:
 
 
 @every_execution
+@pytest.mark.parametrize("grad_enabled", [False, True])
+def test_gradient_and_what_else_the_loss_gives_are_constants(execution: Execution, grad_enabled: bool) -> None:
+    start = leaves()
+    with torch.set_grad_enabled(grad_enabled):
+        gradient, (more, nothing) = execution.gradient_and_more(lambda p: (cubic(p), ({"b": 2 * p["b"]}, ())), start)
+    torch.testing.assert_close(gradient["b"], start["a"].detach() ** 3)
+    torch.testing.assert_close(more["b"], 2 * start["b"].detach())
+    assert nothing == () and not more["b"].requires_grad and not any(v.requires_grad for v in gradient.values())
+    assert all(v.requires_grad and v.grad is None for v in start.values())
+
+
+@every_execution
 def test_outer_gradients_flow_through_map_alike(execution: Execution) -> None:
     weight = torch.tensor([0.5, -1.5], dtype=torch.float64, requires_grad=True)
     x = torch.randn(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
