@@ -98,7 +98,7 @@ def plain_lstm(params: Weights, gradients: list[Tensor]) -> Tensor:
 def plain_mlp(params: Weights, gradient: Tensor) -> Tensor:
     """m: two ReLU layers of 20 units and a linear one, coordinate by coordinate."""
     h = two_cases(gradient)
-    for layer in ("layers.0", "layers.1"):
+    for layer in ("first", "second"):
         h = F.relu(h @ params[f"{layer}.weight"].T + params[f"{layer}.bias"])
     return (h @ params["out.weight"].T + params["out.bias"]).reshape(gradient.shape)
 

@@ -92,14 +92,14 @@ class TaskGenerator(nn.Module):
 
     def forward(self, gradients: Tensor) -> Tensor:
         """See the class."""
-        of_input, of_hidden = self.gates.weight.split([2, UNITS], 1)
+        of_input, of_hidden = torch.split(self.gates.weight, [2, UNITS], 1)
         hidden = cell = None
         for x in preprocess(gradients):
             gates = torch.addmm(self.gates.bias[:, None], of_input, x)
             if hidden is not None:
                 gates = torch.addmm(gates, of_hidden, hidden)
-            opened, new = gates.split([3 * UNITS, UNITS])
-            let_in, keep, let_out = opened.sigmoid().split(UNITS)
+            opened, new = torch.split(gates, [3 * UNITS, UNITS])
+            let_in, keep, let_out = torch.split(opened.sigmoid(), UNITS)
             added = let_in * _tanh(new)
             cell = added if cell is None else torch.addcmul(added, keep, cell)
             hidden = let_out * _tanh(cell)
@@ -112,14 +112,14 @@ class ExampleGenerator(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(2, UNITS), nn.Linear(UNITS, UNITS)])
+        self.first, self.second = nn.Linear(2, UNITS), nn.Linear(UNITS, UNITS)
         self.out = nn.Linear(UNITS, 1)
         _start(self, self.out)
 
     def forward(self, gradients: Tensor) -> Tensor:
         """See the class."""
         h = preprocess(gradients)[0]
-        for layer in self.layers:
+        for layer in (self.first, self.second):
             h = F.relu(torch.addmm(layer.bias[:, None], layer.weight, h))
         return torch.addmm(self.out.bias[:, None], self.out.weight, h)[0]
 
@@ -150,7 +150,7 @@ def generate(generator: nn.Module, gradients: Tensor) -> Tensor:
 
     What the generator computes on the way is not kept for the gradient but computed again.
     """
-    parts = gradients.flatten(1).split(AT_ONCE, 1)
+    parts = torch.split(gradients.flatten(1), AT_ONCE, 1)
     if torch.is_grad_enabled():
         made = [checkpoint(generator, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
     else:
@@ -166,12 +166,13 @@ def convolve(h: Tensor, weight: Tensor) -> Tensor:
     """
     sets, n, channels = h.shape[:3]
     if channels <= FEW:
-        columns = F.unfold(h.flatten(0, 1), 3, padding=1).unflatten(0, (sets, n))
-        return (weight.flatten(2)[:, None] @ columns).unflatten(3, h.shape[3:])
+        columns = torch.unflatten(F.unfold(h.flatten(0, 1), 3, padding=1), 0, (sets, n))
+        return torch.unflatten(weight.flatten(2)[:, None] @ columns, 3, h.shape[3:])
     if len(weight) == 1:
-        return F.conv2d(h.flatten(0, 1), weight[0], padding=1).unflatten(0, (sets, n))
+        return torch.unflatten(F.conv2d(h.flatten(0, 1), weight[0], padding=1), 0, (sets, n))
     rows = h.transpose(0, 1).flatten(1, 2)
-    return F.conv2d(rows, weight.flatten(0, 1), padding=1, groups=sets).unflatten(1, (sets, -1)).transpose(0, 1)
+    y = F.conv2d(rows, weight.flatten(0, 1), padding=1, groups=sets)
+    return torch.unflatten(y, 1, (sets, -1)).transpose(0, 1)
 
 
 def apply_layer(name: str, h: Tensor, weight: Tensor) -> Tensor:
@@ -194,10 +195,10 @@ def reading(memory: Params, attention: Tensor) -> Source:
         stored, pixels = memory[name], math.prod(h.shape[3:])
         size = stored.shape[1]
         if size * pixels <= TOGETHER * (size + pixels) or not name.startswith("conv"):
-            answers = apply_layer(name, h, stored.flatten(1, 2)).unflatten(2, (size, -1))
+            answers = torch.unflatten(apply_layer(name, h, stored.flatten(1, 2)), 2, (size, -1))
             return (attention[:, :, None] @ answers.flatten(3)).reshape(*h.shape[:2], *answers.shape[3:])
-        mixed = (attention @ stored.flatten(2)).unflatten(2, stored.shape[2:]).flatten(0, 1)
-        return apply_layer(name, h.flatten(0, 1)[:, None], mixed).unflatten(0, h.shape[:2])[:, :, 0]
+        mixed = torch.unflatten(attention @ stored.flatten(2), 2, stored.shape[2:]).flatten(0, 1)
+        return torch.unflatten(apply_layer(name, h.flatten(0, 1)[:, None], mixed)[:, 0], 0, h.shape[:2])
 
     return read
 
@@ -213,7 +214,7 @@ def walk(h: Tensor, names: Sequence[str], *sources: Source) -> Tensor:
             parts = [F.relu(part) for part in parts]
         h = reduce(torch.add, parts)
         if name.startswith("conv"):
-            h = F.max_pool2d(h.flatten(0, 1), 2, ceil_mode=True).unflatten(0, h.shape[:2])
+            h = torch.unflatten(F.max_pool2d(h.flatten(0, 1), 2, ceil_mode=True), 0, h.shape[:2])
     return h
 
 
@@ -230,7 +231,7 @@ def loss_gradients(net: Layers, names: Sequence[str], h: Tensor, y: Tensor) -> P
         logits = walk(h.detach().flatten(0, 1), names, using(own))
         loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum") / y.shape[2]
     gradients = torch.autograd.grad(loss, list(own.values()))
-    return {name: gradient.unflatten(0, h.shape[:2]) for name, gradient in zip(own, gradients, strict=True)}
+    return {name: torch.unflatten(gradient, 0, h.shape[:2]) for name, gradient in zip(own, gradients, strict=True)}
 
 
 class MetaNet(Algorithm):
