@@ -30,8 +30,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 """Names of algorithms, data sets, splits and suites: they stand unquoted in cell ids and as folder names."""
 
 BUDGETS = ("steps", "episodes", "images", "seconds")
-TRAIN_KEYS = ("ways", "shots", "queries", "tasks", "batch", *BUDGETS)
+TRAIN_KEYS = ("ways", "shots", "queries", "stream", "tasks", "batch", *BUDGETS)
 PROBLEMS = ("classification", "regression")
+ANSWERED = (*PROBLEMS, "stream")  # by algorithms: a stream is another task on a classification data set
 
 _FOLDERS = ("algorithms", "datasets")
 _TYPES = ("int", "float", "bool", "str")
@@ -285,7 +286,7 @@ _KEYS = {
         **_BOTH,
         "family": _Key(lambda value: isinstance(value, str), "text, such as 'metric'"),
         "feeds": _Key(lambda value: value in ("episodes", "images", None), "'episodes', 'images' or None"),
-        "problems": _Key(_all_of(lambda value: value in PROBLEMS), f"a list of {' and '.join(map(repr, PROBLEMS))}"),
+        "problems": _Key(_all_of(lambda value: value in ANSWERED), f"a list of {' and '.join(map(repr, ANSWERED))}"),
         "control": _Key(lambda value: isinstance(value, bool), "True or False", False),
         "train": _Key(lambda value: isinstance(value, dict), "a dict of training defaults", {}),
     },

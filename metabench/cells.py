@@ -20,7 +20,9 @@ from metabench.errors import ConfigError
 
 Item = tuple[str, Value]
 
-QUALITY = ("accuracy", "mse", "mse_before")
+PRESENTATIONS = {f"accuracy_at_{k}": k for k in (1, 2, 5, 10)}
+"""Of streams: the accuracy at the k-th presentation of a class, 1 counting the first, whose label nobody can know."""
+QUALITY = ("accuracy", "mse", "mse_before", *PRESENTATIONS)
 KERNELS = {
     "adapt": "the inner loop: from support sets to adapted models (evaluation mode)",
     "predict": "adapted models on their queries",
@@ -37,7 +39,7 @@ PRECISIONS = ("float32", "bf16")
 ROTATIONS = ("none", "classes", "per_class", "train_only", "episode")
 
 _COUNT = "([1-9][0-9]*)"
-_EPISODES = rf"(?:{_COUNT}w)?{_COUNT}s{_COUNT}q"
+_EPISODES = rf"(?:(?:{_COUNT}w)?{_COUNT}s{_COUNT}q|{_COUNT}w{_COUNT}t)"
 _BARE = re.compile(r"(?!(?:null|true|false)$)[A-Za-z_][A-Za-z0-9_.+-]*")
 _STRUCTURE = re.compile(r"[^!-~]|[,\[\]=/]")
 _ID = re.compile(rf"([^/]+)/([^/]+)/{_EPISODES}/([^/]+)/(\w+)-(\w+)/seed(0|[1-9][0-9]*)(?:/([^/]+))?")
@@ -49,12 +51,14 @@ class TrainSpec:
     """How a meta-learner is trained: what one step sees and for how long.
 
     Fed with episodes: `tasks` episodes a step, each of `ways` classes (None: regression) with `shots` and `queries`
-    examples per class. Fed with images: `batch` images a step, the rest None. Exactly one of `steps` and `seconds`.
+    examples per class, or with `stream` images of `ways` classes one after another, no `shots` and no `queries`. Fed
+    with images: `batch` images a step, the rest None. Exactly one of `steps` and `seconds`.
     """
 
     ways: int | None = None
     shots: int | None = None
     queries: int | None = None
+    stream: int | None = None
     tasks: int | None = None
     batch: int | None = None
     steps: int | None = None
@@ -62,18 +66,20 @@ class TrainSpec:
 
     @property
     def text(self) -> str:
-        """As in cell ids: '5w1s1qx8*3000', '64i*3000', '10s10q*75s'."""
+        """As in cell ids: '5w1s1qx8*3000', '5w50tx16*3000', '64i*3000', '10s10q*75s'."""
         budget = f"{self.steps}" if self.steps is not None else f"{self.seconds!r}".removesuffix(".0") + "s"
         if self.batch is not None:
             return f"{self.batch}i*{budget}"
-        return f"{_shape(self.ways, self.shots, self.queries)}{f'x{self.tasks}' if self.tasks != 1 else ''}*{budget}"
+        shape = _shape(self.ways, self.shots, self.queries, self.stream)
+        return f"{shape}{f'x{self.tasks}' if self.tasks != 1 else ''}*{budget}"
 
     @property
     def images_per_step(self) -> int:
         """How many images (or points) one step sees."""
         if self.batch is not None:
             return self.batch
-        return (self.ways or 1) * ((self.shots or 0) + (self.queries or 0)) * (self.tasks or 1)
+        of_task = self.stream or (self.ways or 1) * ((self.shots or 0) + (self.queries or 0))
+        return of_task * (self.tasks or 1)
 
 
 Allocator = Literal["kept", "default"]
@@ -109,7 +115,8 @@ class Cell:
 
     `params` and `data_params` are the explicit non-default parameters, sorted by name; `resolved` all parameters of
     the algorithm (it follows from `params`, and does not count when cells are compared). `split` is the class
-    partition; cells are always measured on its test subset. `ways` is None for regression. `train` is None where
+    partition; cells are always measured on its test subset. `ways` is None for regression; `stream` is the length of a
+    stream, whose `shots` and `queries` are 0, and None for episodes. `train` is None where
     there is nothing to train, and for an algorithm that cannot do this problem. A `norm` that differs from the
     default stands in `params` too; it is "none" for an algorithm without that parameter.
     """
@@ -123,6 +130,7 @@ class Cell:
     ways: int | None
     shots: int
     queries: int
+    stream: int | None = None
     train: TrainSpec | None
     norm: str = "none"
     device: str = "cpu"
@@ -150,17 +158,22 @@ class Cell:
 
     @property
     def problem(self) -> str:
-        """'classification' or 'regression'."""
-        return "regression" if self.ways is None else "classification"
+        """'classification', 'regression' or 'stream'."""
+        return "stream" if self.stream else "regression" if self.ways is None else "classification"
 
     @property
     def task(self) -> str:
-        """The test task: '5w1s15q' (ways, shots, queries per class), '10s100q' for regression."""
-        return _shape(self.ways, self.shots, self.queries)
+        """The test task: '5w1s15q' (ways, shots, queries per class), '10s100q' for regression, '5w50t' for a stream."""
+        return _shape(self.ways, self.shots, self.queries, self.stream)
 
     def measures(self, wanted: Sequence[str]) -> tuple[str, ...]:
         """Return those of the `wanted` measures that make sense for this cell, in the same order."""
         unfit = {"mse", "mse_before"} if self.ways is not None else {"accuracy"}
+        if self.stream and self.ways:  # some class comes k times in every stream, or k is left out
+            unfit |= {"accuracy", *KERNEL_MEASURES}
+            unfit |= {name for name, k in PRESENTATIONS.items() if (k - 1) * self.ways >= self.stream}
+        else:
+            unfit |= {*PRESENTATIONS}
         if self.train is None:
             unfit.add("train_time")
         if self.call != Call():
@@ -191,10 +204,16 @@ class Task:
     ways: int | None
     shots: int
     queries: int
+    stream: int | None = None
 
     @property
     def problem(self) -> str:
-        """'classification' or 'regression'."""
+        """'classification', 'regression' or 'stream'."""
+        return "stream" if self.stream else self.kind
+
+    @property
+    def kind(self) -> str:
+        """The data set's own problem: 'classification' or 'regression'."""
         return str(self.dataset.meta["problem"])
 
     @property
@@ -205,7 +224,7 @@ class Task:
     @property
     def images(self) -> int | None:
         """Images per class; None for regression, where points are drawn without end."""
-        return None if self.problem == "regression" else int(self.dataset.meta["images_per_class"])
+        return None if self.kind == "regression" else int(self.dataset.meta["images_per_class"])
 
     def classes(self, subset: str) -> int:
         """Return the classes of a subset, rotated copies counted where they are classes of their own."""
@@ -237,6 +256,7 @@ def make_cell(
         ways=task.ways,
         shots=task.shots,
         queries=task.queries,
+        stream=task.stream,
         train=train,
         norm=norm if isinstance(norm, str) else "none",
         device=device,
@@ -288,16 +308,20 @@ def merge_training(layers: Iterable[Mapping[str, float]]) -> dict[str, float]:
 def train_spec(given: Mapping[str, float], *, feeds: str, task: Task) -> TrainSpec:
     """Return the training that merged settings mean for a task, the budget resolved to steps (seconds stay seconds).
 
-    What is unset comes from the test task: its ways, its shots, and its queries as far as a class has images.
+    What is unset comes from the test task: its ways, its shots, and its queries as far as a class has images; or the
+    length of its stream, unless shots or queries ask for episodes.
     `given` holds one budget, and not `episodes` if it feeds images: `training_problems` says so.
     """
+    ways = None if task.ways is None else int(given.get("ways", task.ways))
+    stream = given.get("stream", None if {"shots", "queries"} & given.keys() else task.stream)
     if feeds == "images":
         spec = TrainSpec(batch=int(given.get("batch", 64)))
+    elif stream:
+        spec = TrainSpec(ways=ways, stream=int(stream), tasks=int(given.get("tasks", 1)))
     else:
-        shots = int(given.get("shots", task.shots))
+        shots = int(given.get("shots", task.shots or 1))
         room = task.queries if task.images is None else max(1, task.images - shots)
-        ways = None if task.ways is None else int(given.get("ways", task.ways))
-        queries = int(given.get("queries", min(task.queries, room)))
+        queries = int(given.get("queries", min(task.queries or 1, room)))
         spec = TrainSpec(ways=ways, shots=shots, queries=queries, tasks=int(given.get("tasks", 1)))
     if "seconds" in given:
         return replace(spec, seconds=float(given["seconds"]))
@@ -306,17 +330,31 @@ def train_spec(given: Mapping[str, float], *, feeds: str, task: Task) -> TrainSp
     return replace(spec, steps=-(-int(given[budget]) // per_step[budget]))
 
 
-def training_problems(given: Mapping[str, float], *, feeds: str, task: Task) -> Iterator[tuple[str, str]]:
-    """Yield what is wrong with merged training settings for a task: the key at fault ('' if one lacks), and why."""
+def training_problems(
+    given: Mapping[str, float], *, feeds: str, task: Task, follows: bool = False
+) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with merged training settings for a task: the key at fault ('' if one lacks), and why.
+
+    `follows` says whether the algorithm can do streams.
+    """
     if not any(key in given for key in BUDGETS):
         yield "", "no training budget: give it one, such as train: {steps: 1000}"
     elif feeds == "images" and "episodes" in given:
         yield "episodes", "it is fed with images, not episodes: give it a budget in steps or images"
-    if feeds == "images" or task.images is None:
+    if feeds == "images":
+        return
+    if "stream" in given and not (follows and task.images is not None):
+        yield "stream", "it cannot be trained on streams here: leave stream out"
+        return
+    if "stream" in given and {"shots", "queries"} & given.keys():
+        yield "stream", "a training is on streams, or on episodes with shots and queries: keep one of them"
+    if task.images is None:
         return
     spec = train_spec({**given, "steps": 1}, feeds=feeds, task=task)
     if spec.ways is not None and spec.ways > (classes := task.classes("train")):
         yield "ways", f"{spec.ways} training ways are more than the {classes} training classes of {task.name}"
+    if spec.stream is not None and spec.stream > (drawings := (spec.ways or 0) * task.images):
+        yield "stream", f"a stream of {spec.stream} in training: {spec.ways} classes have {drawings} images"
     if (examples := (spec.shots or 0) + (spec.queries or 0)) > task.images:
         why = f"{spec.shots} shots + {spec.queries} queries in training are {examples}"
         yield "queries" if "queries" in given else "shots", f"{why}: a class of {task.name} has {task.images} images"
@@ -329,12 +367,12 @@ def parse_id(text: str, catalogue: Catalogue) -> Cell:
         raise ConfigError(
             f"not a cell id: {text!r}: it must read algorithm[...]/dataset[...]/5w1s15q/norm/device/seed0"
         )
-    trained, data, ways, shots, queries, norm, device, precision, seed, call = match.groups()
+    trained, data, *shape, norm, device, precision, seed, call = match.groups()
     try:
         algorithm, params, train = _parse_trained(trained, catalogue)
         if algorithm.parameter("norm"):
             params["norm"] = _parse(norm)
-        task = _parse_task(data, (ways, shots, queries), catalogue)
+        task = _parse_task(data, shape, catalogue)
         where = {"device": device, "precision": precision}
         cell = make_cell(algorithm, task, params=params, train=train, seed=int(seed), call=_parse_call(call), **where)
     except (ValueError, OverflowError, RecursionError) as error:  # of json, int and float, too
@@ -364,7 +402,7 @@ def _parse_task(text: str, shape: Sequence[str | None], catalogue: Catalogue) ->
     params = {key: _parse(value) for key, value in pairs.items()}
     if dataset.check({**params, "split": split}) or "split" in params:
         raise ValueError(f"wrong parameters of {name}")
-    ways, shots, queries = (None if digits is None else int(digits) for digits in shape)
+    ways, shots, queries, stream = _parse_shape(shape)
     task = Task(
         dataset=dataset,
         split=split,
@@ -373,20 +411,26 @@ def _parse_task(text: str, shape: Sequence[str | None], catalogue: Catalogue) ->
         ways=ways,
         shots=shots or 0,
         queries=queries or 0,
+        stream=stream,
     )
-    if rotations not in ROTATIONS or (ways is None) != (task.problem == "regression"):
+    if rotations not in ROTATIONS or (ways is None) != (task.kind == "regression"):
         raise ValueError(f"no such task of {name}")
     return task
 
 
 def _parse_train(text: str) -> TrainSpec:
     match = _TRAIN.fullmatch(text)
-    if match is None or (match[7] is not None and not 0 < float(match[7]) < math.inf):
+    if match is None:
         raise ValueError(f"no training reads {text!r}")
-    *counts, seconds = match.groups()
-    ways, shots, queries, tasks, batch, steps = (None if digits is None else int(digits) for digits in counts)
-    spec = TrainSpec(batch=batch) if batch else TrainSpec(ways=ways, shots=shots, queries=queries, tasks=tasks or 1)
-    return replace(spec, steps=steps, seconds=None if seconds is None else float(seconds))
+    *shape, tasks, batch, steps, seconds = match.groups()
+    if seconds is not None and not 0 < float(seconds) < math.inf:
+        raise ValueError(f"no training reads {text!r}")
+    ways, shots, queries, stream = _parse_shape(shape)
+    spec = TrainSpec(ways=ways, shots=shots, queries=queries, stream=stream, tasks=int(tasks or 1))
+    spec = TrainSpec(batch=int(batch)) if batch else spec
+    return replace(
+        spec, steps=None if steps is None else int(steps), seconds=None if seconds is None else float(seconds)
+    )
 
 
 def _parse_call(text: str | None) -> Call:
@@ -397,7 +441,15 @@ def _parse_call(text: str | None) -> Call:
     return Call(**given)
 
 
-def _shape(ways: int | None, shots: int | None, queries: int | None) -> str:
+def _parse_shape(shape: Sequence[str | None]) -> tuple[int | None, int | None, int | None, int | None]:
+    """Return ways, shots, queries and the length of a stream from the groups of `_EPISODES`."""
+    ways, shots, queries, ways_of_stream, stream = (None if digits is None else int(digits) for digits in shape)
+    return ways if stream is None else ways_of_stream, shots, queries, stream
+
+
+def _shape(ways: int | None, shots: int | None, queries: int | None, stream: int | None) -> str:
+    if stream:
+        return f"{ways}w{stream}t"
     return f"{'' if ways is None else f'{ways}w'}{shots}s{queries}q"
 
 

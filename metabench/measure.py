@@ -21,7 +21,7 @@ from metabench.algorithms.metric import FeatureMethod
 from metabench.backbones import Backbone
 from metabench.episodes import Dataset, ImageData, ImageTasks, Problem, Subset, TaskDistribution, philox_key
 from metabench.errors import Diverged, MetabenchError, Unsupported
-from metabench.scoring import Stopped, score_episodes
+from metabench.scoring import Followed, Scores, Stopped, follow_streams, score_episodes
 from metabench.training import Plan, train
 
 Job = Mapping[str, Any]
@@ -88,6 +88,7 @@ class _Cells:
     def __init__(self, job: Job, shop: Workshop, result: Callable[..., None]) -> None:
         self.job, self.shop, self.result = job, shop, result
         self.features: Tensor | None = None
+        self.followed: dict[str, Followed] = {}
         self.dataset = shop.dataset(job)
         self.source = self._bind("train", job["train"]) if job["train"] else None
         self.tests = {cell["id"]: self._bind("test", cell) for cell in job["cells"]}
@@ -163,9 +164,7 @@ class _Cells:
         if measure == "mse_before" and not algorithm.inner_loop:
             self.result(cell["id"], measure, "skipped", reason="no inner loop, so nothing before it", facts=facts)
             return
-        adapt, test = self._on_features(algorithm, self.tests[cell["id"]], cell)
-        adapt = algorithm.initial if measure == "mse_before" else adapt
-        found = score_episodes(adapt, test, self.job["evaluation"]["episodes"], stopping=self.shop.stopping)
+        found = self._score(algorithm, cell, measure)
         known = {**facts, "episodes_hash": found.episodes_hash}
         if isinstance(self.dataset, ImageData):
             known["pixels"] = self.dataset.pixels_hash
@@ -177,11 +176,24 @@ class _Cells:
             measure,
             "diverged" if found.not_finite else "ok",
             reason=f"{found.not_finite} predictions were not finite" if found.not_finite else "",
-            unit="fraction" if measure == "accuracy" else "squared error",
+            unit="fraction" if measure.startswith("accuracy") else "squared error",
             # a mean error over some episodes only would be no error of the method: then there is no value at all
             samples=None if found.not_finite and found.credit is None else found.samples,
             facts=known,
         )
+
+    def _score(self, algorithm: Algorithm, cell: Mapping[str, Any], measure: str) -> Scores:
+        """The scores of a measure of quality; the streams of a cell are followed once for all its presentations."""
+        test, count = self.tests[cell["id"]], self.job["evaluation"]["episodes"]
+        if measure.startswith("accuracy_at_"):
+            if cell["id"] not in self.followed:
+                self.followed[cell["id"]] = follow_streams(
+                    algorithm.follow, test, count, cell["stream"], stopping=self.shop.stopping
+                )
+            return self.followed[cell["id"]].at(int(measure.rpartition("_")[2]))
+        adapt, test = self._on_features(algorithm, test, cell)
+        adapt = algorithm.initial if measure == "mse_before" else adapt
+        return score_episodes(adapt, test, count, stopping=self.shop.stopping)
 
     def _on_features(
         self, algorithm: Algorithm, test: TaskDistribution, cell: Mapping[str, Any]

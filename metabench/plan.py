@@ -185,8 +185,9 @@ def coordinates(cell: Cell, suite: Suite) -> dict[str, Any]:
         "dataset": cell.dataset,
         "split": cell.split,
         "ways": cell.ways,
-        "shots": cell.shots,
-        "queries": cell.queries,
+        "shots": cell.shots or None,
+        "queries": cell.queries or None,
+        "stream": cell.stream,
         "bn_mode": cell.bn_mode,
         "device": cell.device,
         "precision": cell.precision,
@@ -234,7 +235,11 @@ class Job:
             "train": asdict(cell.train) if cell.train else None,
             "evaluation": asdict(suite.evaluation),
             "cells": [
-                {"id": key, "ways": c.ways, "shots": c.shots, "queries": c.queries, "measures": measures[key]}
+                {
+                    "id": key,
+                    **{name: getattr(c, name) for name in ("ways", "shots", "queries", "stream")},
+                    "measures": measures[key],
+                }
                 for key, c in shapes.items()
             ],
             "checkpoint": str(folder / "checkpoints" / f"{name}.pt"),

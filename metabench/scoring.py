@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from metabench.algorithms.base import Learner
-from metabench.episodes import Batch, Episode, TaskDistribution
+from metabench.episodes import Batch, Stream, TaskDistribution
 
 IMAGES_PER_CALL = 3000  # about this many inputs per call: fits the memory, fills the cores
 
@@ -34,6 +34,11 @@ class Credit:
     ties: np.ndarray
     labels: np.ndarray
     classes: np.ndarray
+
+    def scores(self) -> np.ndarray:
+        """What each answer scores (E, m)."""
+        found: np.ndarray = np.where(self.ties > 0, 1.0 / np.maximum(self.ties, 1), 0.0)
+        return found
 
     @classmethod
     def joined(cls, parts: list[Credit]) -> Credit:
@@ -102,24 +107,71 @@ def score_episodes(
             scores.append(errors.cpu().numpy())
         else:
             not_finite += int((~torch.isfinite(output)).any(-1).sum())
-            credit = _credit(output, episode)
+            credit = _credit(output, episode.query, episode.classes)
             credits.append(credit)
-            scores.append(np.where(credit.ties > 0, 1.0 / np.maximum(credit.ties, 1), 0.0).mean(1))
+            scores.append(credit.scores().mean(1))
         ids.extend(episode.ids)
     # an error that is not finite is counted above; JSON cannot hold it
     values = np.nan_to_num(np.concatenate(scores), nan=0.0, posinf=0.0, neginf=0.0)
     return Scores([float(v) for v in values], ids, Credit.joined(credits) if credits else None, not_finite)
 
 
-def _credit(logits: Tensor, episode: Episode) -> Credit:
+@dataclass(frozen=True)
+class Followed:
+    """Streams answered: the credit (E, L) of every step, its presentation (E, L), and the streams' hashes."""
+
+    credit: np.ndarray
+    presentations: np.ndarray
+    ids: list[str]
+    not_finite: int
+
+    def at(self, k: int) -> Scores:
+        """Each stream's accuracy at k-th presentations, over those of its classes that come k times (one at least)."""
+        these = self.presentations == k
+        scores = (self.credit * these).sum(1) / these.sum(1)
+        return Scores([float(v) for v in scores], self.ids, None, self.not_finite)
+
+
+def follow_streams(
+    follow: Callable[[Stream], Tensor],
+    test: TaskDistribution,
+    count: int,
+    length: int,
+    *,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Followed:
+    """Answer streams 0 .. count-1 of `length` images, many a call; `follow` is an algorithm's.
+
+    Raises:
+        Stopped: `stopping()` became true.
+    """
+    at_once = max(1, IMAGES_PER_CALL // length)
+    parts: list[np.ndarray] = []
+    presentations: list[np.ndarray] = []
+    ids: list[str] = []
+    not_finite = 0
+    for start in range(0, count, at_once):
+        if stopping():
+            raise Stopped
+        stream = test.streams(start, min(at_once, count - start), length)
+        with torch.no_grad():
+            logits = follow(stream)
+        not_finite += int((~torch.isfinite(logits)).any(-1).sum())
+        parts.append(_credit(logits, stream, stream.classes).scores())
+        presentations.append(stream.presentations().cpu().numpy())
+        ids.extend(stream.ids)
+    return Followed(np.concatenate(parts), np.concatenate(presentations), ids, not_finite)
+
+
+def _credit(logits: Tensor, query: Batch, classes: np.ndarray | None) -> Credit:
     """logits (T, m, ways) against the labels: a tie among k maxima scores 1/k, a non-finite row is wrong."""
-    query: Batch = episode.query
     finite = torch.isfinite(logits).all(-1)
     top = logits.max(-1, keepdim=True)
     tied = logits == top.values
     hit = tied.gather(-1, query.y[..., None])[..., 0] & finite
     ties = torch.where(hit, tied.sum(-1), 0)
-    classes = episode.classes if episode.classes is not None else np.zeros((query.tasks, query.ways or 0))
+    if classes is None:
+        classes = np.zeros((query.tasks, query.ways or 0))
     return Credit(
         predicted=top.indices[..., 0].cpu().numpy().astype(np.uint16),
         ties=ties.cpu().numpy().astype(np.uint16),

@@ -297,6 +297,8 @@ class _Expansion:
             replace(task, params=explicit(dataset, params), ways=ways, shots=shots)
             for params, ways, shots in itertools.product(swept, every_ways, entry.shots)
         ]
+        if entry.stream is not None:
+            tasks = [replace(one, shots=0, queries=0, stream=entry.stream) for one in tasks]
         return [task for task in tasks if self._possible(where, task)]
 
     def _dataset(self, where: Where, entry: TaskEntry) -> tuple[Plugin | None, str]:
@@ -366,7 +368,8 @@ class _Expansion:
             return [None]
         layers = [plugin.meta["train"], self.train, choice.train]
         given = merge_training(layers)
-        problems = list(training_problems(given, feeds=feeds, task=task))
+        follows = "stream" in plugin.meta["problems"]
+        problems = list(training_problems(given, feeds=feeds, task=task, follows=follows))
         for key, problem in problems:
             if key or (self.document.whole(("train",)) and self.document.whole((*choice.where, "train"))):
                 self.document.report(self._origin(key, where, choice), f"{plugin.name}: {problem}")
@@ -388,6 +391,8 @@ def _task_problems(task: Task, *, validates: bool) -> Iterator[tuple[str, str]]:
             yield "ways", f"{task.name} is regression: its tasks have no ways"
         if task.rotations != "none":
             yield "rotations", f"{task.name} is regression: it has no rotations"
+        if task.stream is not None:
+            yield "stream", f"{task.name} is regression: it has no streams"
         return
     if task.ways is None:
         yield "", f"ways is missing: tasks of {task.name} have classes"
@@ -395,6 +400,8 @@ def _task_problems(task: Task, *, validates: bool) -> Iterator[tuple[str, str]]:
     for subset in ("test", "val") if validates else ("test",):
         if task.ways > (classes := task.classes(subset)):
             yield "ways", f"{task.ways} ways are more than the {classes} {subset} classes of {task.name}"
+    if task.stream is not None and task.stream > (drawings := task.ways * task.images):
+        yield "stream", f"a stream of {task.stream}: {task.ways} classes of {task.name} have {drawings} images"
     if (examples := task.shots + task.queries) > task.images:
         why = f"{task.shots} shots + {task.queries} queries are {examples}"
         yield "queries", f"{why}: a class of {task.name} has {task.images} images"

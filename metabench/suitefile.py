@@ -77,6 +77,10 @@ class TrainEntry(_Entry):
     queries: Count | None = Field(
         default=None, description="Query examples per class; default: those of the test task."
     )
+    stream: Count | None = Field(
+        default=None,
+        description="Train on streams of so many images, not on shots and queries; default: as the test task.",
+    )
     tasks: Count | None = Field(default=None, description="Tasks per step (episode-fed algorithms); default 1.")
     batch: Count | None = Field(default=None, description="Images per step (image-fed algorithms); default 64.")
     steps: Count | None = Field(default=None, description="Budget: training steps.")
@@ -94,8 +98,16 @@ class TrainEntry(_Entry):
         return self
 
 
+def _or_stream(schema: dict[str, Any]) -> None:
+    """Say in the JSON Schema that a stream stands for shots and queries."""
+    schema["required"] = ["dataset"]
+    schema["anyOf"] = [{"required": ["shots", "queries"]}, {"required": ["stream"]}]
+
+
 class TaskEntry(_Entry):
-    """Test tasks: a data set, and how many ways, shots and queries. Lists are swept."""
+    """Test tasks: a data set, and how many ways, shots and queries, or how long a stream. Lists are swept."""
+
+    model_config = ConfigDict(json_schema_extra=_or_stream)
 
     dataset: str = Field(description="A data set, or one of its splits: 'omniglot[vinyals]'.")
     ways: Annotated[list[Ways] | None, BeforeValidator(_listed)] = Field(
@@ -105,11 +117,23 @@ class TaskEntry(_Entry):
         min_length=1, description="Support examples per class.", json_schema_extra=_counts(1)
     )
     queries: Count = Field(description="Query examples per class.")
+    stream: Count | None = Field(
+        default=None, description="Instead of shots and queries: so many images one after another, each to be named."
+    )
     rotations: Literal["none", "classes", "per_class", "train_only", "episode"] = Field(
         default="none",
         description="Rotations by 90 degrees: new classes everywhere, or in training only, or augmentation.",
     )
     params: dict[str, Any] = Field(default={}, description="Parameters of the data set; a list of values is swept.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_stream(cls, value: object) -> object:
+        if not isinstance(value, dict) or value.get("stream") is None:
+            return value
+        if {"shots", "queries"} & value.keys():
+            raise ValueError("a stream has no shots and no queries: leave them out, or the stream")
+        return {**value, "shots": [1], "queries": 1}  # without a meaning
 
 
 def _or_name(schema: dict[str, Any]) -> None:

@@ -116,6 +116,8 @@ def next_batch(source: TaskDistribution, spec: Mapping[str, Any], feeds: str | N
     """The batch of training step `step`: a pure function of it, so that resuming is a counter."""
     if feeds == "images":
         return source.images(step * spec["batch"], spec["batch"])
+    if spec.get("stream"):
+        return source.streams(step * spec["tasks"], spec["tasks"], spec["stream"])
     return source.episodes(step * spec["tasks"], spec["tasks"])
 
 

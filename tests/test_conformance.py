@@ -67,7 +67,13 @@ CHEAPER = {
     "test_steps": 5,
     "memory_tasks": 24,
 }  # parameters that cost time and change no promise
-CASES = [Case(p.name, norm, kind) for p in PLUGINS.values() for kind in p.meta["problems"] for norm in _norms(p, kind)]
+CASES = [
+    Case(p.name, norm, kind)
+    for p in PLUGINS.values()
+    for kind in p.meta["problems"]
+    if kind != "stream"
+    for norm in _norms(p, kind)
+]
 DEFAULTS = [case for case in CASES if case.norm == getattr(PLUGINS[case.name].parameter("norm"), "default", None)]
 CLASSIFIERS = [case for case in CASES if case.problem == "classification"]
 
@@ -347,6 +353,37 @@ def test_cached_features_give_the_same_answer(case: Case) -> None:
         n = support.x.shape[1]
         cached = algorithm.adapt_features(replace(support, x=features[:, :n]), seeds=episode.seeds)(features[:, n:])
         assert close(cached, answer(algorithm, episode))
+
+
+FOLLOWERS = [case for case in DEFAULTS if "stream" in PLUGINS[case.name].meta["problems"]]
+
+
+@_over(FOLLOWERS)
+def test_an_answer_in_a_stream_knows_what_came_before_it_and_nothing_else(case: Case) -> None:
+    """Not its own label, and nothing that comes later; each stream by itself, however many share a call."""
+    algorithm, stream = ready(case).double(), tasks("classification").streams(0, 3, 8)
+    stream = replace(stream, x=stream.x.double())
+    with torch.no_grad():
+        logits = algorithm.follow(stream)
+        assert logits.shape == (3, 8, WAYS)
+        for step in range(8):
+            x, y = stream.x.clone(), stream.y.clone()
+            x[:, step + 1 :], y[:, step:] = 0.5, 0
+            assert close(algorithm.follow(replace(stream, x=x, y=y))[:, : step + 1], logits[:, : step + 1], 1e-11)
+            if step:
+                y = stream.y.clone()
+                y[:, step - 1] = (y[:, step - 1] + 1) % WAYS
+                assert not torch.equal(algorithm.follow(replace(stream, y=y))[:, step], logits[:, step])
+        for t in range(3):
+            assert close(algorithm.follow(stream.pick(slice(t, t + 1))), logits[t : t + 1], 1e-11)
+
+
+@_over(FOLLOWERS)
+def test_training_on_streams_fits_a_few(case: Case) -> None:
+    algorithm, stream = fresh(case), tasks("classification", "train").streams(0, 3, 8)
+    trainer = algorithm.trainer(60)
+    losses = [float(next(iter(trainer.step(stream).values()))) for _ in range(60)]
+    assert losses[-1] < 0.5 * losses[0]
 
 
 @_over(_trained(CASES))

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metabench import scoring
-from metabench.episodes import Batch, Episode
-from metabench.scoring import Credit, Stopped, score_episodes
+from metabench.episodes import Batch, Episode, Stream
+from metabench.scoring import Credit, Stopped, follow_streams, score_episodes
 
 NAN, INF = float("nan"), float("inf")
 
@@ -122,3 +122,33 @@ def test_scoring_builds_no_graph():
     seen = []
     score_episodes(lambda s, seeds: lambda x: seen.append((x * weight).requires_grad) or x, Fixed([[[1.0, 0.0]]]), 1)
     assert seen == [False]
+
+
+class Streams:
+    """Two streams of known labels; the logits to be given are the images."""
+
+    def __init__(self, logits, y):
+        self.x, self.y = torch.as_tensor(logits), torch.as_tensor(y)
+
+    def streams(self, start, tasks, length):
+        part = slice(start, start + tasks)
+        ids = tuple(f"s{n}" for n in range(start, start + len(self.y[part])))
+        return Stream(self.x[part, :length], self.y[part, :length], 2, torch.zeros(tasks, dtype=torch.int64), ids)
+
+
+def test_accuracy_by_presentation(monkeypatch):
+    y = [[0, 0, 1, 0, 1], [1, 1, 1, 1, 0]]
+    answers = [[1, 0, 1, 0, 0], [1, 0, 1, 1, 0]]
+    logits = torch.nn.functional.one_hot(torch.tensor(answers), 2).float()
+    logits[1, 3] = 1.0  # a tie scores a half
+    for at_once in (3000, 5):
+        monkeypatch.setattr(scoring, "IMAGES_PER_CALL", at_once)
+        found = follow_streams(lambda stream: stream.x, Streams(logits, y), 2, 5)
+        assert found.at(1).scores == [0.5, 1.0]
+        assert found.at(2).scores == [0.5, 0.0]
+        assert found.at(3).scores == [1.0, 1.0]
+        assert found.ids == found.at(1).ids == ["s0", "s1"] and found.at(1).episodes_hash == found.at(2).episodes_hash
+    logits[0, 0, 0] = NAN
+    assert follow_streams(lambda stream: stream.x, Streams(logits, y), 2, 5).at(2).not_finite == 1
+    with pytest.raises(Stopped):
+        follow_streams(lambda stream: stream.x, Streams(logits, y), 2, 5, stopping=lambda: True)

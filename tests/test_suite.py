@@ -37,6 +37,10 @@ PLUGINS = {
         {"family": "control", "feeds": None, "problems": ["classification", "regression"], "control": True},
         "problem",
     ),
+    "recall": (
+        {"family": "model", "feeds": "episodes", "problems": ["classification", "stream"], "train": {"tasks": 16}},
+        "problem",
+    ),
     "truth": ({"family": "control", "feeds": None, "problems": ["regression"], "control": True}, "problem"),
 }
 DATASETS = {
@@ -322,6 +326,13 @@ trainings = st.none() | st.one_of(
         counts,
         budgets,
     ),
+    st.builds(
+        lambda ways, stream, tasks, budget: TrainSpec(ways=ways, stream=stream, tasks=tasks, **budget),
+        counts,
+        counts,
+        counts,
+        budgets,
+    ),
 )
 proto_params = st.fixed_dictionaries(
     {},
@@ -339,6 +350,7 @@ def cells(draw: st.DrawFn, known: Catalogue) -> Cell:
     dataset = known.dataset(draw(st.sampled_from(["dots", "waves"])))
     classes = dataset.name == "dots"
     extra = st.fixed_dictionaries({}, optional={"size": counts, "tag": texts}) if classes else st.just({})
+    stream = draw(st.none() | counts) if classes else None
     task = Task(
         dataset=dataset,
         split=draw(st.sampled_from(list(dataset.meta["splits"]))),
@@ -347,8 +359,9 @@ def cells(draw: st.DrawFn, known: Catalogue) -> Cell:
         if classes
         else "none",
         ways=draw(counts) if classes else None,
-        shots=draw(counts),
-        queries=draw(counts),
+        shots=0 if stream else draw(counts),
+        queries=0 if stream else draw(counts),
+        stream=stream,
     )
     return make_cell(
         known.algorithm("proto"),
@@ -407,6 +420,10 @@ PROTO = "proto/dots[big]/5w1s15q/running/cpu-float32/seed0"
         PROTO.replace("[big]", "[big,rotations=some]"),
         PROTO.replace("5w", ""),
         PROTO.replace("5w", "05w"),
+        PROTO.replace("5w1s15q", "50t"),
+        PROTO.replace("5w1s15q", "5w1s50t"),
+        PROTO.replace("5w1s15q", "5w050t"),
+        "grad/waves[plain]/5w50t/support/cpu-float32/seed0",
         PROTO.replace("5w", "\u0665w"),  # an Arabic five
         PROTO.replace("running", "none"),
         PROTO.replace("running", '"running"'),
@@ -673,7 +690,9 @@ def test_the_schema_describes_every_key() -> None:
     check(found)
     assert json.loads(json.dumps(found)) == found
     assert found["additionalProperties"] is False and "$schema" in found
-    assert found["$defs"]["TaskEntry"]["required"] == ["dataset", "shots", "queries"]
+    assert found["$defs"]["TaskEntry"]["required"] == ["dataset"]
+    either = [{"required": ["shots", "queries"]}, {"required": ["stream"]}]
+    assert found["$defs"]["TaskEntry"]["anyOf"] == either
     assert found["$defs"]["AlgorithmEntry"]["anyOf"][0]["type"] == "string"
     assert found["$defs"]["TaskEntry"]["properties"]["ways"]["anyOf"][0] == {
         "type": "integer", "minimum": 2, "maximum": 2**63 - 1,
@@ -710,3 +729,76 @@ def test_whatever_stands_in_the_file_it_loads_or_is_explained(plugins: list[Path
         load_suite(file)
     except ConfigError as caught:
         assert str(caught).startswith(str(file))
+
+
+# --- streams -----------------------------------------------------------------------------------------------------
+
+STREAM = """\
+grid:
+  tasks: [{dataset: dots, ways: 5, stream: 50}]
+  algorithms: [recall, proto]
+train: {steps: 10}
+measures: [accuracy_at_1, accuracy_at_2, accuracy_at_10, accuracy, mse, adapt_time, train_time]
+"""
+
+
+def test_a_stream_is_a_task_for_those_who_follow_streams(tmp_path: Path) -> None:
+    found = load(tmp_path, STREAM).points
+    text = "recall[train=5w50tx16*10]/dots[big]/5w50t/none/cpu-float32/seed0"
+    assert [cell.id for cell in found] == [text, "proto/dots[big]/5w50t/running/cpu-float32/seed0"]
+    recall, proto = found
+    assert found[recall] == ("accuracy_at_1", "accuracy_at_2", "accuracy_at_10", "train_time")
+    assert (recall.problem, recall.shots, recall.queries, recall.stream) == ("stream", 0, 0, 50)
+    assert recall.train is not None and recall.train.images_per_step == 16 * 50
+    known = load(tmp_path, STREAM).catalogue
+    assert unsupported(recall, known) is None
+    assert unsupported(proto, known) == "proto does classification, not stream"
+
+
+def test_presentations_that_some_stream_may_lack_are_left_out(tmp_path: Path) -> None:
+    """46 images of 5 classes show one of them 10 times in any case; 45 may show each 9 times."""
+    for length, reached in ((46, True), (45, False)):
+        first, *_ = load(tmp_path, STREAM.replace("50", str(length))).points.values()
+        assert ("accuracy_at_10" in first) == reached
+
+
+def test_episodes_have_no_presentations(tmp_path: Path) -> None:
+    first, *_ = load(tmp_path, STREAM.replace("stream: 50", "shots: 1, queries: 5")).points.values()
+    assert first == ("accuracy", "adapt_time", "train_time")
+
+
+@pytest.mark.parametrize(
+    ("task", "train", "text"),
+    [
+        ("stream: 50", "steps: 10, stream: 20, ways: 4", "4w20tx16*10"),
+        ("stream: 50", "images: 1600", "5w50tx16*2"),
+        ("stream: 50", "steps: 10, shots: 2, queries: 3", "5w2s3qx16*10"),
+        ("stream: 50", "steps: 10, shots: 2", "5w2s1qx16*10"),
+        ("shots: 1, queries: 5", "steps: 10, stream: 30", "5w30tx16*10"),
+    ],
+)
+def test_training_is_on_streams_or_on_episodes(tmp_path: Path, task: str, train: str, text: str) -> None:
+    suite = load(tmp_path, STREAM.replace("stream: 50", task).replace("steps: 10", train).replace(", proto", ""))
+    trained = suite.cells()[0].train
+    assert trained is not None and trained.text == text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("stream: 50", "stream: 50, shots: 1", "a stream has no shots and no queries"),
+        ("stream: 50", "stream: 101", "a stream of 101: 5 classes of dots[big] have 100 images"),
+        ("stream: 50", "stream: 0", "stream must be at least 1, not 0"),
+        ("dots, ways: 5", "waves", "waves[plain] is regression: it has no streams"),
+        ("steps: 10", "steps: 10, stream: 101", "a stream of 101 in training: 5 classes have 100 images"),
+        ("steps: 10", "steps: 10, stream: 20, shots: 1", "on streams, or on episodes with shots and queries"),
+        ("stream: 50", "queries: 5", "shots is missing: add it"),
+    ],
+)
+def test_impossible_streams_are_explained(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert any(message in line for line in problems(tmp_path, STREAM.replace(old, new)))
+
+
+def test_only_those_who_follow_streams_train_on_them(tmp_path: Path) -> None:
+    text = STREAM.replace("stream: 50", "shots: 1, queries: 5").replace("steps: 10", "steps: 10, stream: 20")
+    assert problems(tmp_path, text) == ["4: proto: it cannot be trained on streams here: leave stream out"]

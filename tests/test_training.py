@@ -174,6 +174,9 @@ def test_batches_are_a_pure_function_of_the_step():
         x = [b.x if feeds == "images" else b.support.x for b in (first, again, other)]
         assert torch.equal(x[0], x[1])
         assert not torch.equal(x[0], x[2])
+    spec = {"ways": 3, "stream": 6, "tasks": 2}
+    first, again, other = (next_batch(tasks(), spec, "episodes", step) for step in (3, 3, 4))
+    assert first.x.shape[:2] == (2, 6) and torch.equal(first.x, again.x) and not torch.equal(first.x, other.x)
 
 
 class Peak(Algorithm):

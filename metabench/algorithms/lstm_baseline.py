@@ -23,7 +23,7 @@ METABENCH = {
     "url": "https://arxiv.org/abs/1605.06065",
     "feeds": "episodes",
     "control": False,
-    "problems": ["classification"],
+    "problems": ["classification", "stream"],
     "train": {"tasks": 16},
 }
 

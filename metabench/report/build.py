@@ -23,7 +23,8 @@ COSTS = ("adapt_time", "predict_time", "train_time")
 def tables(data: RunData, reference: str | None = None) -> list[Table]:
     """One comparative table per task and quality measure, in the order of the results.
 
-    A task is (dataset with its parameters, split, ways, shots, queries, rotations, device, precision). `reference` is
+    A task is (dataset with its parameters, split, ways, shots, queries or a stream's length, rotations, device,
+    precision). `reference` is
     an algorithm's name or a row's own label; without one it is the suite's own, and where that has no result the first
     method that is no control. Rows of kernels stand in tables of their own (`kernels.kernel_report`). Raises
     ConfigError where a reference asked for is in no table of either kind.
@@ -31,7 +32,7 @@ def tables(data: RunData, reference: str | None = None) -> list[Table]:
     seen = kernels.names(data) if reference is not None else set()
     data = kernels.ordinary(data)
     made: list[Table] = []
-    for _, rows in with_data(data.rows).groupby(list(TASK), sort=False, dropna=False):
+    for _, rows in with_data(data.rows).groupby([*TASK, "stream"], sort=False, dropna=False):
         for measure in measures(rows):
             found = methods(rows, measure, data)
             seen |= {name for m in found for name in (m.label, m.algorithm)}
@@ -42,8 +43,10 @@ def tables(data: RunData, reference: str | None = None) -> list[Table]:
 
 
 def with_data(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows with the data segment of their cell ids, which names the data set's parameters too."""
-    return rows.assign(data=rows["cell"].astype(str).str.split("/").str[1])
+    """The rows with what only cell ids tell: the data segment with the data set's parameters, a stream's length."""
+    parts = rows["cell"].astype(str).str.split("/")
+    stream = parts.str[2].str.extract(r"^[0-9]+w([0-9]+)t$", expand=False).astype(float)
+    return rows.assign(data=parts.str[1], stream=stream)
 
 
 def _data_parameters(task: pd.Series) -> str:
@@ -269,8 +272,9 @@ def _shared(found: Sequence[Method], column: str) -> str:
 
 def _title(task: pd.Series) -> str:
     ways, shots = count(task["ways"]), count(task["shots"])
-    size = " ".join(text for text in (f"{ways}-way" if ways else "", f"{shots}-shot" if shots else "") if text)
-    return f"{task['dataset']} {size}".strip()
+    stream = count(task["stream"])
+    parts = (f"{ways}-way" if ways else "", f"{shots}-shot" if shots else "", f"streams of {stream}" if stream else "")
+    return " ".join(text for text in (str(task["dataset"]), *parts) if text)
 
 
 def _shots(task: pd.Series, measure: str) -> int | None:

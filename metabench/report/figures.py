@@ -166,7 +166,7 @@ def paretos(data: RunData) -> list[Pareto]:
     """For each task with scores: quality against adaptation time per task, and against training time."""
     found = []
     shown = ordinary(data)
-    for _, rows in with_data(shown.rows).groupby(list(TASK), sort=False, dropna=False):
+    for _, rows in with_data(shown.rows).groupby([*TASK, "stream"], sort=False, dropna=False):
         for measure in measures(rows):
             scored = [m for m in methods(rows, measure, shown) if measure and m.quality is not None]
             found += [_pareto(scored, measure, cost) for cost in ("adapt_time", "train_time")]
