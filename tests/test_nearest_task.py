@@ -39,7 +39,7 @@ class Source:
 
 def make(**params: Any) -> NearestTask:
     torch.manual_seed(0)
-    chosen = {"memory_tasks": 6, "finetune_steps": 3, "finetune_lr": 0.05} | params
+    chosen = {"memory_tasks": 6, "finetune_steps": 3, "finetune_lr": 0.05, "temperature": 2.0} | params
     return build(PROBLEM, **chosen).double().eval()  # type: ignore[return-value]
 
 
@@ -140,7 +140,7 @@ def test_prepare_keeps_whole_training_tasks_and_their_fitted_heads() -> None:
         z = algorithm.embed(torch.cat([episode.support.x, episode.query.x], 1)[0]).detach()
         y = torch.cat([episode.support.y, episode.query.y], 1)[0]
         centres = torch.stack([z[y == c].mean(0) for c in range(4)])
-        weight, bias = descended(z, y, (2 * centres, -(centres**2).sum(1)), 3)
+        weight, bias = descended(z, y, (2 * centres / 2.0, -(centres**2).sum(1) / 2.0), 3)  # temperature 2
         assert torch.allclose(algorithm.kept_prototypes[n], centres, rtol=1e-9, atol=1e-12)
         assert torch.allclose(algorithm.kept_weights[n], weight, rtol=1e-9, atol=1e-12)
         assert torch.allclose(algorithm.kept_biases[n], bias, rtol=1e-9, atol=1e-12)
@@ -200,7 +200,9 @@ def test_fewer_ways_than_kept_but_not_more() -> None:
     assert "4 ways" in str(algorithm.unsupported(replace(PROBLEM, ways=5)))
 
 
-@pytest.mark.parametrize(("name", "value"), [("memory_tasks", 0), ("finetune_steps", -1), ("finetune_lr", 0.0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("memory_tasks", 0), ("temperature", 0.0), ("finetune_steps", -1), ("finetune_lr", 0.0)]
+)
 def test_wrong_parameters_are_named(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"{name} must"):
         make(**{name: value})

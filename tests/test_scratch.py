@@ -141,7 +141,7 @@ def test_it_fits_its_support_set() -> None:
 
 
 def test_defaults_by_problem_and_wrong_parameters() -> None:
-    assert (make().inner_lr, make(WAVES).inner_lr, make().steps) == (1e-3, 1e-2, 50)
+    assert (make().steps, make(WAVES).steps, make(test_steps=0).steps, make().inner_lr) == (10, 200, 0, 0.01)
     for name, value, wanted in (("test_steps", -1, "negative"), ("inner_lr", 0.0, "above 0")):
         with pytest.raises(ConfigError, match=f"{name} must .*{wanted}"):
             make(**{name: value})

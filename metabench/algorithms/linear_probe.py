@@ -37,6 +37,7 @@ METABENCH = {
 
 NEWTON_STEPS = 50  # far more than needed
 SOLVER_STEPS = 60  # of conjugate gradients, in each Newton step
+LARGEST_C = 1e6  # beyond it the penalty drowns in rounding
 HALVINGS = 30  # of a Newton step that would not lower the loss
 
 
@@ -45,16 +46,17 @@ class LinearProbe(Classifier):
 
     def __init__(self, problem: Problem, backbone: Backbone, *, c: float, lr: float, schedule: Schedule) -> None:
         super().__init__(problem, backbone, lr=lr, schedule=schedule)
-        if c <= 0:
-            raise ConfigError(f"linear-probe: c must be above 0, not {c}: smaller values regularise more")
+        if not 0 < c <= LARGEST_C:
+            raise ConfigError(f"linear-probe: c must be above 0 and at most {LARGEST_C:g}, not {c}: less is smoother")
         self.c = c
 
     def adapt_features(self, support: Batch, *, seeds: Tensor, steps: int | None = None) -> Learner:
         """See `FeatureMethod.adapt_features`; `steps` counts Newton steps from zero, None: to the optimum."""
         del seeds
         with torch.no_grad():
-            x = with_bias(unit(support.x))
-            head = logistic_regression(x, support.one_hot(), self.c, NEWTON_STEPS if steps is None else steps)
+            # in float64, whatever the features: the optimum is the optimum, also where the system is ill-conditioned
+            x, y = with_bias(unit(support.x)).double(), support.one_hot().double()
+            head = logistic_regression(x, y, self.c, NEWTON_STEPS if steps is None else steps).to(support.x.dtype)
         return lambda x: with_bias(unit(x)) @ head
 
 
@@ -163,6 +165,6 @@ def build(
         schedule: how it moves (see `metabench.algorithms.base.schedule`).
 
     Raises:
-        ConfigError: c not above 0, a problem without training classes, or a backbone that does not fit the inputs.
+        ConfigError: c not above 0 or too large, a problem without training classes, or a backbone that does not fit.
     """
     return LinearProbe(problem, make_backbone(backbone, problem.shape, norm=norm), c=c, lr=lr, schedule=schedule)

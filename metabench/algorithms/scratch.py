@@ -1,10 +1,12 @@
 """Training from scratch: a fresh network per task, trained on its support set alone; nothing is learned before.
 
-What meta-learning is compared with: the same networks and as many steps as Reptile takes in evaluation, without the
-initialisation. A task's network is the one that PyTorch draws (Conv2d's and Linear's own initialisation) from the
-task's seed; all its parameters take full-batch steps of Adam (beta1 = 0.9, beta2 = 0.999). Queries are normalised by
-the support set's statistics at the trained weights by default. `running` is not offered: there is nothing to average.
-No paper fixes such a baseline: the number of steps and their rates are ours.
+What meta-learning is compared with: the same kind of network, without what it learned. A task's network is the one that
+PyTorch draws (Conv2d's and Linear's own initialisation) from the task's seed; all its parameters take full-batch steps
+of Adam (beta1 = 0.9, beta2 = 0.999). Queries are normalised by the support set's statistics at the trained weights by
+default. `running` is not offered: there is nothing to average.
+No paper fixes such a baseline. The number of steps and their rate are ours, by validation tasks: 10 of 0.01 gave 46 %
+on 5-way 1-shot Omniglot and 73 % with 5 shots; 30 to 100 steps, and rates of 0.001 and 0.003, up to 4 points less. On
+the sinusoid the error still falls between 50 and 200.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ class Scratch(Algorithm):
                 module.register_parameter(name, None)
 
     def adapt(self, support: Batch, *, seeds: Tensor, steps: int | None = None) -> Learner:
-        """Train T fresh networks: `steps` steps of Adam, by default `test_steps`."""
+        """Train T fresh networks by `steps` steps of Adam, `test_steps` by default."""
         count = self.steps if steps is None else steps
         start = self.draw(seeds, like=support.x, outputs=support.ways or support.y.shape[-1])
         execution = self._execution(support.x)
@@ -118,8 +120,8 @@ def build(
     *,
     backbone: Literal["auto", "conv4", "conv4-strided", "conv4-strided-flat", "mlp", "mlp64"] = "auto",
     norm: Literal["support", "each", "tasknorm", "layer", "batch"] = "support",
-    test_steps: int = 50,
-    inner_lr: float | None = None,
+    test_steps: int | None = None,
+    inner_lr: float = 0.01,
     strategy: Literal["auto", "serial", "vmap", "grouped", "unfold"] = "auto",
 ) -> Scratch:
     """Training from scratch on tasks of `problem`, of whatever ways.
@@ -128,8 +130,8 @@ def build(
         problem: the inputs' shape and the loss.
         backbone: `auto` is conv4-strided for images and mlp for vectors, as in `maml`.
         norm: whose statistics the batch norm uses for queries; the training always takes the support set's.
-        test_steps: steps of Adam per task.
-        inner_lr: their rate; by default 1e-3, and 1e-2 for regression.
+        test_steps: steps of Adam per task; by default 10, and 200 for regression.
+        inner_lr: their rate.
         strategy: how tasks are executed; `auto` is by shapes (see `metabench.tasks.choose`).
 
     Raises:
@@ -140,6 +142,6 @@ def build(
         problem,
         lambda: make_backbone(name, problem.shape, norm=norm),
         strategy=strategy,
-        steps=test_steps,
-        inner_lr=inner_lr if inner_lr is not None else 1e-2 if problem.loss == "mse" else 1e-3,
+        steps=test_steps if test_steps is not None else 200 if problem.loss == "mse" else 10,
+        inner_lr=inner_lr,
     )
