@@ -89,8 +89,8 @@ class NearestTask(ProtoNet):
             task = Batch(features, torch.cat([episode.support.y, episode.query.y], dim=1), episode.support.ways)
             centres = prototypes(task)
             weight, bias = nearest(centres, self.distance)
-            start = weight / self.temperature, bias / self.temperature
-            head = self.tuned(task, start, self.finetune.steps)
+            soft = weight / self.temperature, bias / self.temperature
+            head = self.tuned(task, soft, self.finetune.steps)
             self.kept_prototypes[rows] = centres
             self.kept_weights[rows], self.kept_biases[rows] = head["weight"], head["bias"]
 
