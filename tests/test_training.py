@@ -246,28 +246,27 @@ def test_progress_is_told_without_what_json_cannot_hold(tmp_path, monkeypatch):
 SHIPPED = [p for p in catalogue().algorithms.values() if p.meta["feeds"] and "classification" in p.meta["problems"]]
 
 
+CHEAP = {"memory_tasks": 8, "centre_images": 32, "filters": 8}
+
+
 @pytest.mark.parametrize("plugin", SHIPPED, ids=lambda plugin: plugin.name)
 def test_every_shipped_method_resumes_exactly(tmp_path, plugin):
-    problem = tasks().problem
-    wanted = {k: v for k, v in {"backbone": "mlp"}.items() if plugin.parameter(k)}
-    known = _backbones()
-    params = {k: v for k, v in wanted.items() if v in known}
+    rng = np.random.default_rng(1)
+    images = rng.integers(0, 256, (8, 6, 16, 16)).astype(np.uint8)  # 16 pixels: what four poolings need
+    subsets = {"train": np.arange(4), "val": np.arange(4, 6), "test": np.arange(6, 8)}
+    data = ImageData("noise16", "1", "only", images, tuple(map(str, range(8))), subsets)
+    source = data.tasks("train", ways=3, shots=1, queries=2, rotations="none", seed=0, device="cpu")
+    params = {name: value for name, value in CHEAP.items() if plugin.parameter(name)}
 
     def make():
         torch.manual_seed(3)
-        return plugin.load().build(problem, **params)
+        return plugin.load().build(source.problem, **params)
 
-    spec = {**SPEC, "tasks": 1, "batch": 6, "steps": 4}
+    same_for_all = {"source": source, "spec": {**SPEC, "tasks": 1, "batch": 6, "steps": 4}, "twin": make}
     whole = make()
-    train(whole, plan(tmp_path / "a", spec=spec, twin=make))
+    train(whole, plan(tmp_path / "a", **same_for_all))
     with pytest.raises(Stopped):
-        train(make(), plan(tmp_path / "b", spec=spec, twin=make, stopping=stop_after(1)))
+        train(make(), plan(tmp_path / "b", **same_for_all, stopping=stop_after(1)))
     resumed = make()
-    train(resumed, plan(tmp_path / "b", spec=spec, twin=make))
+    train(resumed, plan(tmp_path / "b", **same_for_all))
     assert same(state(resumed), state(whole))
-
-
-def _backbones():
-    from metabench.backbones import METABENCH_BACKBONES
-
-    return METABENCH_BACKBONES

@@ -98,6 +98,12 @@ class Algorithm(nn.Module, ABC):
         return self.adapt(support, seeds=seeds, steps=0)
 
 
+def uniform(seeds: Tensor, *shape: int) -> Tensor:
+    """Random numbers (T, *shape) in [0, 1), float64 on the CPU; a task's depend on its own seed only."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+    return torch.stack([torch.rand(shape, generator=generator, dtype=torch.float64) for generator in generators])
+
+
 def query_loss(problem: Problem, output: Tensor, query: Batch) -> tuple[Tensor, Metrics]:
     """Mean cross-entropy (with accuracy) or mean squared error of `output` (T, m, ways | d) on the query set."""
     if problem.loss == "mse":

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from metabench.algorithms.base import Learner, Schedule
+from metabench.algorithms.base import Learner, Schedule, uniform
 from metabench.algorithms.finetune import Finetune, Finetuned, nearest
-from metabench.algorithms.metric import cosine, log_mixture, negative_sqeuclidean, uniform, unit
+from metabench.algorithms.metric import cosine, log_mixture, negative_sqeuclidean, unit
 from metabench.backbones import Backbone, make_backbone
 from metabench.episodes import Batch, Problem
 from metabench.errors import ConfigError

@@ -87,12 +87,6 @@ class Embedding(FeatureMethod):
         return Trainer(self, optimizer, schedule=schedule(optimizer, self.schedule, total_steps))
 
 
-def uniform(seeds: Tensor, *shape: int) -> Tensor:
-    """Random numbers (T, *shape) in [0, 1), float64 on the CPU; a task's depend on its own seed only."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
-    return torch.stack([torch.rand(shape, generator=generator, dtype=torch.float64) for generator in generators])
-
-
 def prototypes(support: Batch) -> Tensor:
     """The mean (T, ways, d) of each class's features."""
     weights = support.one_hot()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metabench.algorithms.base import Algorithm, Learner, Metrics, Schedule, Trainer, query_loss, schedule
+from metabench.algorithms.base import Algorithm, Learner, Metrics, Schedule, Trainer, query_loss, schedule, uniform
 from metabench.episodes import Batch, Episode, Problem, Stream
 from metabench.errors import ConfigError
 
@@ -166,11 +166,7 @@ class SequenceLearner(Algorithm):
 
 def in_random_order(batch: Batch, seeds: Tensor) -> Batch:
     """The examples of each task in an order drawn from the task's own seed."""
-    n = batch.x.shape[1]
-    draws = [
-        torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds.tolist()
-    ]
-    order = torch.stack(draws).argsort(dim=-1).to(batch.x.device)
+    order = uniform(seeds, batch.x.shape[1]).argsort(dim=-1).to(batch.x.device)
     tasks = torch.arange(batch.tasks, device=order.device)[:, None]
     return Batch(batch.x[tasks, order], batch.y[tasks, order], batch.ways)
 

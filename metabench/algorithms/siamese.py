@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metabench.algorithms.base import Learner, Metrics, Schedule, Trainer, schedule
-from metabench.algorithms.metric import Embedding, best_of_class, uniform
+from metabench.algorithms.base import Learner, Metrics, Schedule, Trainer, schedule, uniform
+from metabench.algorithms.metric import Embedding, best_of_class
 from metabench.backbones import Backbone, Koch, make_backbone
 from metabench.episodes import Batch, Episode, Problem
 from metabench.errors import ConfigError
