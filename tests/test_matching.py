@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from metabench.algorithms import protonet
-from metabench.algorithms.base import query_loss
+from metabench.algorithms.base import query_loss, uniform
 from metabench.algorithms.matching import Context, MatchingNet, build
-from metabench.algorithms.metric import uniform
 from metabench.episodes import Batch, Episode, Problem
 from metabench.errors import ConfigError
 
