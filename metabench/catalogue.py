@@ -34,10 +34,12 @@ TRAIN_KEYS = ("ways", "shots", "queries", "stream", "tasks", "batch", *BUDGETS)
 PROBLEMS = ("classification", "regression")
 ANSWERED = (*PROBLEMS, "stream")  # by algorithms: a stream is another task on a classification data set
 
+WITHIN = ("alphabet", "drawer")  # what all classes, or drawings, of a test task may have in common
+
 _FOLDERS = ("algorithms", "datasets")
 _TYPES = ("int", "float", "bool", "str")
 # Words that a cell id or a suite already gives another meaning, by kind.
-_RESERVED = {"algorithm": {"train"}, "dataset": {"rotations"}}
+_RESERVED = {"algorithm": {"train"}, "dataset": {"rotations", "within"}}
 _BUILD = {"algorithm": "def build(problem: Problem, *, ...)", "dataset": "def build(*, split: str = ..., ...)"}
 
 
@@ -296,6 +298,7 @@ _KEYS = {
         "splits": _Key(lambda value: isinstance(value, dict) and len(value) > 0, "a dict of at least one split"),
         "images_per_class": _Key(lambda value: value is None or _is_count(value), "a whole number above 0", None),
         "shape": _Key(_all_of(_is_count), "a list of whole numbers", ()),
+        "within": _Key(_all_of(lambda value: value in WITHIN), f"a list of {' and '.join(map(repr, WITHIN))}", ()),
     },
 }
 

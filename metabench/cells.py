@@ -22,7 +22,7 @@ Item = tuple[str, Value]
 
 PRESENTATIONS = {f"accuracy_at_{k}": k for k in (1, 2, 5, 10)}
 """Of streams: the accuracy at the k-th presentation of a class, 1 counting the first, whose label nobody can know."""
-QUALITY = ("accuracy", "mse", "mse_before", *PRESENTATIONS)
+QUALITY = ("accuracy", "mse", "mse_before", "val_accuracy", *PRESENTATIONS)
 KERNELS = {
     "adapt": "the inner loop: from support sets to adapted models (evaluation mode)",
     "predict": "adapted models on their queries",
@@ -115,10 +115,11 @@ class Cell:
 
     `params` and `data_params` are the explicit non-default parameters, sorted by name; `resolved` all parameters of
     the algorithm (it follows from `params`, and does not count when cells are compared). `split` is the class
-    partition; cells are always measured on its test subset. `ways` is None for regression; `stream` is the length of a
-    stream, whose `shots` and `queries` are 0, and None for episodes. `train` is None where
-    there is nothing to train, and for an algorithm that cannot do this problem. A `norm` that differs from the
-    default stands in `params` too; it is "none" for an algorithm without that parameter.
+    partition; cells are measured on its test subset (by `val_accuracy` alone on its validation subset). `within` says
+    whether a test task keeps to one alphabet; trainings never do. `ways` is None for regression; `stream` is the length
+    of a stream, whose `shots` and `queries` are 0, and None for episodes. `train` is None where there is nothing to
+    train, and for an algorithm that cannot do this problem. A `norm` that differs from the default stands in `params`
+    too; it is "none" for an algorithm without that parameter.
     """
 
     algorithm: str
@@ -127,6 +128,7 @@ class Cell:
     split: str
     data_params: tuple[Item, ...] = ()
     rotations: str = "none"
+    within: str = "none"
     ways: int | None
     shots: int
     queries: int
@@ -143,13 +145,13 @@ class Cell:
     def id(self) -> str:
         """The cell's name: reads aloud, and `parse_id` reads it back."""
         items = [item for item in self.params if item[0] != "norm"]
-        name = f"{self._trained(items)}/{self._data}/{self.task}/{_print(self.norm)}/{self._where}"
+        name = f"{self._trained(items)}/{self._data(self.within)}/{self.task}/{_print(self.norm)}/{self._where}"
         return f"{name}/{self.call.text}" if self.call.text else name
 
     @property
     def training_id(self) -> str:
         """The training's name, with all parameters: cells that differ only in the test task share it."""
-        return f"{self._trained(self.resolved)}/{self._data}/{self._where}"
+        return f"{self._trained(self.resolved)}/{self._data()}/{self._where}"
 
     @property
     def bn_mode(self) -> str:
@@ -168,9 +170,9 @@ class Cell:
 
     def measures(self, wanted: Sequence[str]) -> tuple[str, ...]:
         """Return those of the `wanted` measures that make sense for this cell, in the same order."""
-        unfit = {"mse", "mse_before"} if self.ways is not None else {"accuracy"}
+        unfit = {"mse", "mse_before"} if self.ways is not None else {"accuracy", "val_accuracy"}
         if self.stream and self.ways:  # some class comes k times in every stream, or k is left out
-            unfit |= {"accuracy", *KERNEL_MEASURES}
+            unfit |= {"accuracy", "val_accuracy", *KERNEL_MEASURES}
             unfit |= {name for name, k in PRESENTATIONS.items() if (k - 1) * self.ways >= self.stream}
         else:
             unfit |= {*PRESENTATIONS}
@@ -184,10 +186,10 @@ class Cell:
     def _where(self) -> str:
         return f"{self.device}-{self.precision}/seed{self.seed}"
 
-    @property
-    def _data(self) -> str:
-        rotations = [("rotations", self.rotations)] if self.rotations != "none" else []
-        return _bracket(self.dataset, [self.split, *_texts([*rotations, *self.data_params])])
+    def _data(self, within: str = "none") -> str:
+        drawn = [("rotations", self.rotations), ("within", within)]
+        items = [item for item in drawn if item[1] != "none"]
+        return _bracket(self.dataset, [self.split, *_texts([*items, *self.data_params])])
 
     def _trained(self, items: Iterable[Item]) -> str:
         return _bracket(self.algorithm, [*_texts(items), *([f"train={self.train.text}"] if self.train else [])])
@@ -201,6 +203,7 @@ class Task:
     split: str
     params: tuple[Item, ...] = ()
     rotations: str = "none"
+    within: str = "none"
     ways: int | None
     shots: int
     queries: int
@@ -253,6 +256,7 @@ def make_cell(
         split=task.split,
         data_params=task.params,
         rotations=task.rotations,
+        within=task.within,
         ways=task.ways,
         shots=task.shots,
         queries=task.queries,
@@ -398,7 +402,7 @@ def _parse_task(text: str, shape: Sequence[str | None], catalogue: Catalogue) ->
     if split not in dataset.meta["splits"]:
         raise ValueError(f"{name} has no split {split!r}")
     pairs = dict(_pair(item) for item in items)
-    rotations = pairs.pop("rotations", "none")
+    rotations, within = pairs.pop("rotations", "none"), pairs.pop("within", "none")
     params = {key: _parse(value) for key, value in pairs.items()}
     if dataset.check({**params, "split": split}) or "split" in params:
         raise ValueError(f"wrong parameters of {name}")
@@ -408,12 +412,14 @@ def _parse_task(text: str, shape: Sequence[str | None], catalogue: Catalogue) ->
         split=split,
         params=explicit(dataset, params),
         rotations=rotations,
+        within=within,
         ways=ways,
         shots=shots or 0,
         queries=queries or 0,
         stream=stream,
     )
-    if rotations not in ROTATIONS or (ways is None) != (task.kind == "regression"):
+    known = rotations in ROTATIONS and within in ("none", *dataset.meta["within"])
+    if not known or (ways is None) != (task.kind == "regression"):
         raise ValueError(f"no such task of {name}")
     return task
 

@@ -33,10 +33,10 @@ STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def flops(thunk: Thunk) -> int:
     """Floating-point operations of one call, a multiplication and an addition counting two.
 
-    Counted are matrix products, convolutions and attention, forward and backward to any order: the work whose peak
-    rate the machine's roof states. Not counted are element-wise operations, reductions, pooling, normalisation,
-    softmax, distances (`cdist`), comparisons and optimiser updates; padding counts as if multiplied. Batching tasks
-    by vmap gives the same count as running them one by one (a test proves it for MAML).
+    Counted are matrix products, convolutions, attention and linear systems, forward and backward to any order: the
+    work whose peak rate the machine's roof states. Not counted are element-wise operations, reductions, pooling,
+    normalisation, softmax, distances (`cdist`), comparisons and optimiser updates; padding counts as if multiplied.
+    Batching tasks by vmap gives the same count as running them one by one (a test proves it for MAML).
 
     Raises:
         Unsupported: the thunk runs an operation full of products whose number is not known here (`UNKNOWN`).
@@ -85,6 +85,39 @@ def _attention_backward(
     return int(sdpa_backward_flop_count(gradient, query, key, value))  # type: ignore[no-untyped-call]
 
 
+def _factor(a: Shape, *args: object, **kwargs: object) -> int:
+    """Cholesky's factors of n x n matrices: n^3 / 3 operations each, as is usual to count them (Golub and Van Loan)."""
+    return math.prod(a[:-1]) * a[-1] ** 2 // 3
+
+
+def _solve(a: Shape, b: Shape, *args: object, **kwargs: object) -> int:
+    """n x n systems with k right-hand sides each: 2 n^3 / 3 for the LU factors, then `_substitute`."""
+    return 2 * _factor(a) + 2 * a[-1] * _columns(a, b)
+
+
+def _substitute(factors: Shape, *others: object, **kwargs: object) -> int:
+    """Forward and backward substitution with k right-hand sides: 2 n^2 k."""
+    b = next(shape for shape in reversed(others) if isinstance(shape, torch.Size))
+    return 2 * factors[-1] * _columns(factors, b)
+
+
+def _substitute_by(b: Shape, factors: Shape, *args: object, **kwargs: object) -> int:
+    """The same for the operation that names the right-hand sides first."""
+    return _substitute(factors, b)
+
+
+def _substitute_once(factors: Shape, b: Shape, *args: object, **kwargs: object) -> int:
+    """One triangular system instead of two: n^2 k."""
+    return _substitute(factors, b) // 2
+
+
+def _columns(a: Shape, b: Shape) -> int:
+    """The numbers in all right-hand sides, broadcast over the batch of the matrices (..., n, n): a vector is one."""
+    batch = math.prod(a[:-2])
+    each = math.prod(b[len(b) - (1 if len(b) == len(a) - 1 else 2) :])
+    return max(batch * each, math.prod(b))
+
+
 def _unknown(name: str) -> Callable[..., int]:
     def refuse(*args: object, **kwargs: object) -> int:
         raise Unsupported(f"the FLOPs of aten::{name} are not known: give it a formula in metabench/counts.py")
@@ -94,9 +127,8 @@ def _unknown(name: str) -> Callable[..., int]:
 
 UNKNOWN = (
     "mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn", "_trilinear",
-    "linalg_cholesky_ex", "linalg_lu_factor_ex", "linalg_ldl_factor_ex", "_linalg_solve_ex", "linalg_inv_ex",
-    "_linalg_svd", "_linalg_eigh", "linalg_eig", "linalg_qr", "linalg_lstsq", "linalg_solve_triangular",
-    "linalg_lu_solve", "cholesky_solve", "cholesky_inverse", "_linalg_det",
+    "linalg_lu_factor_ex", "linalg_ldl_factor_ex", "linalg_inv_ex",
+    "_linalg_svd", "_linalg_eigh", "linalg_eig", "linalg_qr", "linalg_lstsq", "cholesky_inverse", "_linalg_det",
 )  # fmt: skip
 
 # what torch's counter lacks, and would silently take for nothing
@@ -105,6 +137,11 @@ FORMULAS: dict[Any, Any] = {
     **dict.fromkeys((aten.mv, aten.dot, aten.vdot, aten.addmv, aten.addbmm, aten._addmm_activation), _product),
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    aten.linalg_cholesky_ex: _factor,
+    aten._linalg_solve_ex: _solve,
+    aten.linalg_lu_solve: _substitute,
+    aten.linalg_solve_triangular: _substitute_once,
+    aten.cholesky_solve: _substitute_by,
     **{getattr(aten, name): _unknown(name) for name in UNKNOWN if hasattr(aten, name)},
 }
 

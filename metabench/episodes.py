@@ -25,6 +25,7 @@ from metabench.errors import ConfigError, DataError
 Loss = Literal["cross_entropy", "mse"]
 Subset = Literal["train", "val", "test"]
 Rotations = Literal["none", "classes", "per_class", "train_only", "episode"]
+Within = Literal["none", "alphabet", "drawer"]
 
 EMBED_AT_ONCE = 512  # images per call when a whole subset is embedded
 WORDS_PER_COUNTER = 4  # one Philox-4x64 counter value yields four 64-bit words
@@ -140,7 +141,7 @@ class Dataset(Protocol):
         seed: int,
         device: str,
     ) -> TaskDistribution:
-        """Bind a subset and the shape of a task."""
+        """Bind a subset and the shape of a task; `within=` comes too where the data set declares it and a task asks."""
         ...
 
 
@@ -238,13 +239,21 @@ class ImageData:
         rotations: Rotations,
         seed: int,
         device: str,
+        within: Within = "none",
     ) -> ImageTasks:
         """Bind `subset` and the shape of a task.
 
         Raises:
-            ConfigError: ways above the subset's classes, or shots + queries above the images of a class.
+            ConfigError: ways above the subset's classes (of any alphabet, for tasks within one), or shots + queries
+                above the images of a class.
         """
-        return ImageTasks(self, subset, ways, shots, queries, rotations, seed, device)
+        return ImageTasks(self, subset, ways, shots, queries, rotations, seed, device, within)
+
+    @functools.cached_property
+    def alphabets(self) -> np.ndarray:
+        """Per class the number of its alphabet: what its name says before the slash."""
+        numbers: np.ndarray = np.unique([name.rpartition("/")[0] for name in self.classes], return_inverse=True)[1]
+        return numbers
 
     @functools.cached_property
     def pixels_hash(self) -> str:
@@ -279,6 +288,10 @@ class ImageTasks:
     `none`; `classes`: each angle is a class of its own, in all subsets (Snell et al. 2017); `per_class`: a random
     angle per class and episode (Finn et al. 2017); `train_only`: as `classes` in training, none in val and test
     (Nichol et al. 2018); `episode`: one random angle for all classes of an episode (Sung et al. 2018).
+
+    Within: `alphabet` draws an alphabet for each episode, among those that have the ways, and its classes from that
+    alphabet at one angle: the hard tasks of Omniglot (Lake et al. 2015). `drawer` does so too, and shows every class
+    by the same drawings' numbers: in Omniglot all support by the same hands, all queries by others (Koch et al. 2015).
     """
 
     def __init__(
@@ -291,6 +304,7 @@ class ImageTasks:
         rotations: Rotations,
         seed: int,
         device: str,
+        within: Within = "none",
     ) -> None:
         as_classes = rotations == "classes" or (rotations == "train_only" and subset == "train")
         members = np.asarray(data.subsets[subset], dtype=np.int64)
@@ -303,10 +317,13 @@ class ImageTasks:
         self._turn: Literal["per_class", "episode", "none"] = (
             "per_class" if rotations == "per_class" else "episode" if rotations == "episode" else "none"
         )
+        self._within = within
         self._check(data.name, subset)
+        self._groups = None if within == "none" else self._groups_of(data)
         self._bank = _bank(data, rotations != "none", device)
         self._scale = 1 / 255
-        self._key = philox_key(data.name, data.version, data.split, subset, ways, shots, queries, rotations, seed)
+        drawn = (rotations,) if within == "none" else (rotations, within)
+        self._key = philox_key(data.name, data.version, data.split, subset, ways, shots, queries, *drawn, seed)
         self._of_streams = (data.name, data.version, data.split, subset, ways, "streams", rotations, seed)
         names = hashlib.sha256("\n".join(data.classes).encode()).hexdigest()
         self._named = f"{data.name}\x1f{data.version}\x1f{names}\x1f".encode()
@@ -324,6 +341,30 @@ class ImageTasks:
                 f"{self._shots} shots + {self._queries} queries, but {name} has {self._per_class} images per class"
             )
 
+    def _groups_of(self, data: ImageData) -> np.ndarray:
+        """Which of the pool's classes an episode may be drawn from: bool (alphabets, pool), those with enough classes.
+
+        Raises:
+            ConfigError: no alphabet has so many classes.
+        """
+        # rotated classes are alphabets of their own
+        alphabets = data.alphabets[self._pool % self._count] + self._pool // self._count * len(data.classes)
+        groups = alphabets == np.unique(alphabets)[:, None]
+        sizes: np.ndarray = groups.sum(1)
+        if self._ways is not None and self._ways > sizes.max():
+            raise ConfigError(
+                f"{self._ways} ways within one alphabet, but the largest of {data.name} here has {sizes.max()} classes"
+            )
+        large: np.ndarray = groups[sizes >= (self._ways or 1)]
+        return large
+
+    def _drawn_from(self, keys: np.ndarray, start: int) -> np.ndarray:
+        """The random keys (T, pool) of classes, those outside the task's alphabet put last."""
+        if self._groups is None:
+            return keys
+        group = scaled(words(self._key ^ 3, start, len(keys), 1)[:, 0], len(self._groups))
+        return np.where(self._groups[group], keys, np.iinfo(np.uint64).max)
+
     def episodes(self, start: int, tasks: int) -> Episode:
         """Tasks start .. start+tasks-1: support (T, ways*shots) ordered by label, query (T, ways*queries) shuffled."""
         if self._ways is None:
@@ -332,8 +373,11 @@ class ImageTasks:
         raw = words(self._key, start, tasks, 2 + pool + ways + ways * per_class)
         seeds, turn, keys, turns, drawings = np.split(raw, np.cumsum([1, 1, pool, ways]), axis=1)
         # (T, ways): the order is the label, random per task
-        classes = self._turned(self._pool[smallest(keys, ways)], turn, turns)
-        picks = smallest(drawings.reshape(tasks, ways, per_class), self._shots + self._queries)
+        classes = self._turned(self._pool[smallest(self._drawn_from(keys, start), ways)], turn, turns)
+        drawings = drawings.reshape(tasks, ways, per_class)
+        if self._within == "drawer":
+            drawings = np.broadcast_to(drawings[:, :1], drawings.shape)
+        picks = smallest(drawings, self._shots + self._queries)
         index = classes[:, :, None] * per_class + picks
         ids = self._ids(classes, picks) if self._hashed else ()
         # the order of the queries must not give their labels away
@@ -365,10 +409,13 @@ class ImageTasks:
         every class equally often, which lets the last steps be guessed by counting. Shots and queries play no part.
 
         Raises:
-            ConfigError: no ways, or a length that the drawings of a class, or equal counts, do not allow.
+            ConfigError: no ways, or a length that the drawings of a class, or equal counts, do not allow; or within
+                an alphabet, which streams are never drawn from.
         """
         if self._ways is None:
             raise ConfigError("streams need a number of ways")
+        if self._within != "none":
+            raise ConfigError("a stream is drawn from all classes: leave `within` out")
         ways, pool, per_class = self._ways, len(self._pool), self._per_class
         if not 1 <= length <= ways * per_class:
             raise ConfigError(f"a stream of {length} images: {ways} classes have {ways * per_class} drawings in all")

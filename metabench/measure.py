@@ -20,7 +20,7 @@ from metabench.algorithms.base import Algorithm, Learner
 from metabench.algorithms.metric import FeatureMethod
 from metabench.backbones import Backbone
 from metabench.episodes import Dataset, ImageData, ImageTasks, Problem, Subset, TaskDistribution, philox_key
-from metabench.errors import Diverged, MetabenchError, Unsupported
+from metabench.errors import ConfigError, Diverged, MetabenchError, Unsupported
 from metabench.scoring import Followed, Scores, Stopped, follow_streams, score_episodes
 from metabench.training import Plan, train
 
@@ -87,16 +87,18 @@ class _Cells:
 
     def __init__(self, job: Job, shop: Workshop, result: Callable[..., None]) -> None:
         self.job, self.shop, self.result = job, shop, result
-        self.features: Tensor | None = None
+        self.features: dict[Subset, Tensor] = {}
         self.followed: dict[str, Followed] = {}
         self.dataset = shop.dataset(job)
         self.source = self._bind("train", job["train"]) if job["train"] else None
-        self.tests = {cell["id"]: self._bind("test", cell) for cell in job["cells"]}
-        first = next(iter(self.tests.values()))
-        self.problem = self.source.problem if self.source else first.problem
+        self.tests: dict[str, TaskDistribution] = {}
 
     def run(self) -> None:
-        algorithm = build(self.job, self.shop, self.problem)
+        self._bind_tests()
+        if not self.tests:
+            return
+        problem = self.source.problem if self.source else next(iter(self.tests.values())).problem
+        algorithm = build(self.job, self.shop, problem)
         facts = {"backbone": backbone_name(algorithm), "threads": torch.get_num_threads()}
         cells = self._supported(algorithm)
         if not cells:
@@ -117,10 +119,19 @@ class _Cells:
         seed = self.job["seed"] if subset == "train" else self.job["evaluation"]["seed"]
         return bind(self.dataset, subset, self.job, shape, seed=seed)
 
+    def _bind_tests(self) -> None:
+        """The test tasks of every cell; a cell without any (no alphabet has so many classes) fails alone."""
+        for cell in self.job["cells"]:
+            try:
+                self.tests[cell["id"]] = self._bind("test", cell)
+            except ConfigError as error:
+                for measure in cell["measures"]:
+                    self.result(cell["id"], measure, "failed", reason=str(error))
+
     def _supported(self, algorithm: Algorithm) -> list[Mapping[str, Any]]:
         """The cells this algorithm can answer; the others become skipped rows with the reason."""
         possible = []
-        for cell in self.job["cells"]:
+        for cell in (one for one in self.job["cells"] if one["id"] in self.tests):
             reason = algorithm.unsupported(self.tests[cell["id"]].problem)
             if reason is None:
                 possible.append(cell)
@@ -176,7 +187,7 @@ class _Cells:
             measure,
             "diverged" if found.not_finite else "ok",
             reason=f"{found.not_finite} predictions were not finite" if found.not_finite else "",
-            unit="fraction" if measure.startswith("accuracy") else "squared error",
+            unit="fraction" if "accuracy" in measure else "squared error",
             # a mean error over some episodes only would be no error of the method: then there is no value at all
             samples=None if found.not_finite and found.credit is None else found.samples,
             facts=known,
@@ -185,20 +196,23 @@ class _Cells:
     def _score(self, algorithm: Algorithm, cell: Mapping[str, Any], measure: str) -> Scores:
         """The scores of a measure of quality; the streams of a cell are followed once for all its presentations."""
         test, count = self.tests[cell["id"]], self.job["evaluation"]["episodes"]
+        subset: Subset = "test"
+        if measure == "val_accuracy":  # what hyper-parameters are chosen by: test classes stay unseen
+            test, subset = self._bind("val", cell), "val"
         if measure.startswith("accuracy_at_"):
             if cell["id"] not in self.followed:
                 self.followed[cell["id"]] = follow_streams(
                     algorithm.follow, test, count, cell["stream"], stopping=self.shop.stopping
                 )
             return self.followed[cell["id"]].at(int(measure.rpartition("_")[2]))
-        adapt, test = self._on_features(algorithm, test, cell)
+        adapt, test = self._on_features(algorithm, test, subset, cell)
         adapt = algorithm.initial if measure == "mse_before" else adapt
         return score_episodes(adapt, test, count, stopping=self.shop.stopping)
 
     def _on_features(
-        self, algorithm: Algorithm, test: TaskDistribution, cell: Mapping[str, Any]
+        self, algorithm: Algorithm, test: TaskDistribution, subset: Subset, cell: Mapping[str, Any]
     ) -> tuple[Callable[..., Learner], TaskDistribution]:
-        """Where the method allows it and it saves work, embed the test images once and run all episodes on features.
+        """Where the method allows it and it saves work, embed the subset's images once; run all episodes on features.
 
         A cell's own size decides, so that its score never depends on which other cells share the job.
         """
@@ -207,10 +221,10 @@ class _Cells:
         seen = self.job["evaluation"]["episodes"] * cell["ways"] * (cell["shots"] + cell["queries"])
         if seen <= test.images_in_all:
             return algorithm.adapt, test
-        if self.features is None:
+        if subset not in self.features:
             with torch.no_grad():
-                self.features = test.features(algorithm.embed)
-        return algorithm.adapt_features, test.over(self.features)
+                self.features[subset] = test.features(algorithm.embed)
+        return algorithm.adapt_features, test.over(self.features[subset])
 
 
 def bind(dataset: Dataset, subset: Subset, job: Job, shape: Mapping[str, Any], *, seed: int) -> TaskDistribution:
@@ -223,6 +237,8 @@ def bind(dataset: Dataset, subset: Subset, job: Job, shape: Mapping[str, Any], *
         rotations=job["rotations"],
         seed=seed,
         device=job["device"],
+        # only where it is asked for: a data set that does not declare it need not know it
+        **({"within": shape["within"]} if shape.get("within", "none") != "none" else {}),
     )
 
 

@@ -193,6 +193,7 @@ def coordinates(cell: Cell, suite: Suite) -> dict[str, Any]:
         "precision": cell.precision,
         "seed": cell.seed,
         "rotations": cell.rotations,
+        "within": cell.within,
         "norm": cell.norm,
         "selection": suite.evaluation.selection if cell.train else "",
         "train_spec": cell.train.text if cell.train else "",
@@ -237,7 +238,7 @@ class Job:
             "cells": [
                 {
                     "id": key,
-                    **{name: getattr(c, name) for name in ("ways", "shots", "queries", "stream")},
+                    **{name: getattr(c, name) for name in ("ways", "shots", "queries", "stream", "within")},
                     "measures": measures[key],
                 }
                 for key, c in shapes.items()

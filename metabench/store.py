@@ -34,7 +34,7 @@ COLUMNS = (
     "run", "suite", "cell", "algorithm", "params", "backbone", "dataset", "split", "ways", "shots", "queries",
     "bn_mode", "device", "precision", "seed", "measure", "unit", "n", "value", "ci_low", "ci_high", "sd", "status",
     "reason", "environment", "rotations", "norm", "selection", "train_spec", "train_steps", "tasks", "threads",
-    "kernel", "episodes_hash", "training", "code",
+    "kernel", "episodes_hash", "training", "code", "within", "stream",
 )  # fmt: skip
 
 

@@ -292,7 +292,15 @@ class _Expansion:
         every_ways: list[int | None] = [*entry.ways] if entry.ways else [None]
         if not self._few(len(swept) * len(every_ways) * len(entry.shots), where):
             return []
-        task = Task(dataset=dataset, split=split, rotations=entry.rotations, ways=None, shots=1, queries=entry.queries)
+        task = Task(
+            dataset=dataset,
+            split=split,
+            rotations=entry.rotations,
+            within=entry.within,
+            ways=None,
+            shots=1,
+            queries=entry.queries,
+        )
         tasks = [
             replace(task, params=explicit(dataset, params), ways=ways, shots=shots)
             for params, ways, shots in itertools.product(swept, every_ways, entry.shots)
@@ -353,9 +361,15 @@ class _Expansion:
             self.document.report(where, f"{cells:,} cells are too many (at most {MAX_CELLS:,}): split the suite")
         return cells <= MAX_CELLS
 
+    @property
+    def _validates(self) -> bool:
+        """Whether validation tasks are drawn anywhere."""
+        measured = [*self.entry.measures, *(one for grid in self.entry.grid for one in grid.measures or [])]
+        return self.entry.evaluation.selection == "val" or "val_accuracy" in measured
+
     def _possible(self, where: Where, task: Task) -> bool:
         """Return whether the data set has what a test task needs, and report what it has not."""
-        problems = list(_task_problems(task, validates=self.entry.evaluation.selection == "val"))
+        problems = list(_task_problems(task, validates=self._validates))
         for key, problem in problems:
             if key or self.document.whole(where):
                 self.document.report((*where, key), problem)
@@ -386,6 +400,10 @@ class _Expansion:
 
 def _task_problems(task: Task, *, validates: bool) -> Iterator[tuple[str, str]]:
     """Yield what is impossible about a test task: the key at fault ('' if one lacks), and why."""
+    if task.within not in ("none", *task.dataset.meta["within"]):
+        yield "within", f"{task.dataset.name} has no tasks within one {task.within}"
+    elif task.within != "none" and task.stream is not None:
+        yield "within", "a stream is drawn from all classes: leave within out"
     if task.images is None:
         if task.ways is not None:
             yield "ways", f"{task.name} is regression: its tasks have no ways"

@@ -124,6 +124,10 @@ class TaskEntry(_Entry):
         default="none",
         description="Rotations by 90 degrees: new classes everywhere, or in training only, or augmentation.",
     )
+    within: Literal["none", "alphabet", "drawer"] = Field(
+        default="none",
+        description="Test classes of one alphabet; 'drawer': besides, support by the same hands, queries by others.",
+    )
     params: dict[str, Any] = Field(default={}, description="Parameters of the data set; a list of values is swept.")
 
     @model_validator(mode="before")

@@ -21,7 +21,7 @@ from metabench.scoring import Stopped, score_episodes
 
 PROGRESS_SECONDS = 0.5
 CHECKPOINT_SECONDS = 20.0
-VALIDATIONS, VALIDATION_EPISODES = 10, 100
+VALIDATIONS, VALIDATION_EPISODES = 10, 200
 
 
 @dataclass

@@ -20,13 +20,13 @@ DOTS = '''
 import numpy as np
 from metabench.episodes import ImageData
 METABENCH = {"kind": "dataset", "name": "dots", "problem": "classification", "images_per_class": 8,
-             "splits": {"only": {"train": 6, "val": 4, "test": 5}}, "shape": [1, 12, 12]}
+             "splits": {"only": {"train": 6, "val": 4, "test": 5}}, "shape": [1, 12, 12], "within": ["alphabet"]}
 def build(*, split: str = "only") -> ImageData:
     rng = np.random.default_rng(0)
     patterns = np.kron(rng.random((15, 1, 4, 4)) < 0.4, np.ones((3, 3), bool))
     images = np.where(patterns ^ (rng.random((15, 8, 12, 12)) < 0.15), 255, 0).astype(np.uint8)
     subsets = {"train": np.arange(6), "val": np.arange(6, 10), "test": np.arange(10, 15)}
-    return ImageData("dots", "1", split, images, tuple(map(str, range(15))), subsets)
+    return ImageData("dots", "1", split, images, tuple(f"{'ab'[i % 2]}/{i}" for i in range(15)), subsets)
 '''
 
 LEARNER = '''

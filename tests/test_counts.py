@@ -115,6 +115,21 @@ def test_a_meta_step_of_many_tasks_costs_as_many_times_that_of_one_however_it_is
         assert counts.flops(meta_step("vmap", tasks)) == tasks * one
 
 
+def test_linear_systems_count_as_is_usual() -> None:
+    """n^3 / 3 for Cholesky, 2 n^3 / 3 for LU, 2 n^2 a right-hand side for both substitutions."""
+    a, b = torch.eye(6).repeat(4, 1, 1), torch.ones(4, 6, 2)
+    close = torch.linalg.cholesky(a)
+    assert counts.flops(lambda: torch.linalg.cholesky(a)) == 4 * 6**3 // 3
+    assert counts.flops(lambda: torch.linalg.solve(a, b)) == 4 * (2 * 6**3 // 3 + 2 * 6**2 * 2)
+    assert counts.flops(lambda: torch.linalg.solve(a[0], b[0, :, 0])) == 2 * 6**3 // 3 + 2 * 6**2
+    assert counts.flops(lambda: torch.cholesky_solve(b, close)) == 4 * 2 * 6**2 * 2
+    assert counts.flops(lambda: torch.linalg.solve_triangular(close, b, upper=False)) == 4 * 6**2 * 2
+    # backward: one solve with the transpose, and the outer product that is the gradient of the matrix
+    a.requires_grad_()
+    both = counts.flops(lambda: torch.linalg.solve(a, b).sum().backward())
+    assert both == 4 * (2 * 6**3 // 3 + 2 * 2 * 6**2 * 2 + 2 * 6 * 2 * 6)
+
+
 @pytest.mark.parametrize("thunk", [lambda: nn.LSTM(2, 3)(torch.ones(4, 5, 2)), lambda: torch.linalg.inv(torch.eye(3))])
 def test_an_operation_without_a_formula_is_refused_not_taken_for_nothing(thunk):
     with pytest.raises(Unsupported, match="FLOPs of aten::"):

@@ -140,6 +140,44 @@ def test_rotations_each_keep_their_convention() -> None:
     assert bind("test", "train_only").problem.classes == 4 == bind("test", "per_class").problem.classes
 
 
+LETTERS = make(classes=tuple(f"{'greek' if i < 5 else 'latin' if i < 8 else 'runes'}/{i:02}" for i in range(COUNT)))
+
+
+@pytest.mark.parametrize("rotations", ["none", "classes", "per_class"])
+@pytest.mark.parametrize("within", ["alphabet", "drawer"])
+def test_an_episode_within_keeps_to_one_alphabet(within: str, rotations: str) -> None:
+    tasks = bind("train", rotations, data=LETTERS, within=within, shots=1, queries=2)
+    episode = tasks.episodes(0, 400)
+    support, query = read(episode.support.x), read(episode.query.x)
+    greek = (support[..., 0] < 5).astype(int)
+    assert all(len(set(row)) == 1 for row in greek)
+    # an alphabet is drawn, not a class: both come equally often, though one is larger
+    assert abs(greek[:, 0].mean() - 0.5) < 0.1
+    assert all(len({(c, a) for c, _, a in row}) == 3 for row in support)
+    assert set(np.unique(support[..., 0])) == set(range(8))
+    if rotations == "classes":
+        assert all(len(set(row)) == 1 for row in support[..., 2])  # an alphabet at another angle is another one
+    hands = [(set(s), set(q)) for s, q in zip(support[..., 1], query[..., 1], strict=True)]
+    assert not any(s & q for s, q in hands) or within == "alphabet"
+    assert all(len(s) == 1 and len(q) == 2 for s, q in hands) == (within == "drawer")
+    part = tasks.episodes(123, 5)
+    assert torch.equal(part.query.x, episode.query.x[123:128])
+
+
+def test_within_is_part_of_an_episodes_identity_and_needs_the_classes() -> None:
+    ids = {
+        within: bind("test", "classes", data=LETTERS, within=within).episodes(0, 30).ids
+        for within in ("none", "alphabet", "drawer")
+    }
+    assert len(set().union(*map(set, ids.values()))) == 90
+    assert ids["none"] == bind("test", "classes", data=LETTERS).episodes(0, 30).ids
+    with pytest.raises(ConfigError, match="6 ways within one alphabet, but the largest of coded here has 5 classes"):
+        bind("train", data=LETTERS, within="alphabet", ways=6)
+    bind("train", data=LETTERS, within="alphabet", ways=5).episodes(0, 3)
+    with pytest.raises(ConfigError, match="drawn from all classes"):
+        bind("train", data=LETTERS, within="alphabet").streams(0, 1, 5)
+
+
 def test_draws_are_uniform() -> None:
     tasks = 8000
     episode = bind("train", "per_class", ways=2, shots=1, queries=1).episodes(0, tasks)

@@ -49,6 +49,7 @@ DATASETS = {
             "problem": "classification",
             "images_per_class": 20,
             "splits": {"big": {"train": 10, "val": 5, "test": 6}, "small": {"train": 5, "val": 2, "test": 5}},
+            "within": ["alphabet"],
         },
         '*, split: str = "big", size: int = 28, tag: str = ""',
     ),
@@ -358,6 +359,7 @@ def cells(draw: st.DrawFn, known: Catalogue) -> Cell:
         rotations=draw(st.sampled_from(["none", "classes", "per_class", "train_only", "episode"]))
         if classes
         else "none",
+        within=draw(st.sampled_from(["none", "alphabet"])) if classes else "none",
         ways=draw(counts) if classes else None,
         shots=0 if stream else draw(counts),
         queries=0 if stream else draw(counts),
@@ -418,6 +420,8 @@ PROTO = "proto/dots[big]/5w1s15q/running/cpu-float32/seed0"
         PROTO.replace("[big]", "[big,size=28]"),  # the default is never written out
         PROTO.replace("[big]", "[big,rotations=none]"),
         PROTO.replace("[big]", "[big,rotations=some]"),
+        PROTO.replace("[big]", "[big,within=none]"),
+        PROTO.replace("[big]", "[big,within=drawer]"),
         PROTO.replace("5w", ""),
         PROTO.replace("5w", "05w"),
         PROTO.replace("5w1s15q", "50t"),
@@ -552,6 +556,9 @@ threads: two
         ("dots", '"dots]"', "3: dots has no split"),
         ("queries: 15}", "queries: 15, params: {split: small}}", "3: write the split as dataset: 'dots[big]'"),
         ("queries: 15}", "queries: 15, rotations: class}", "3: grid.tasks.rotations must be 'none'"),
+        ("queries: 15}", "queries: 15, within: drawer}", "3: dots has no tasks within one drawer"),
+        ("queries: 15}", "queries: 15, within: script}", "3: grid.tasks.within must be 'none', 'alphabet' or 'drawer'"),
+        ("shots: 1, queries: 15}", "stream: 20, within: alphabet}", "3: a stream is drawn from all classes"),
         ("dots, ways: 5", "waves, rotations: episode", "3: waves[plain] is regression: it has no rotations"),
         ("train:", "1: x\ntrain:", "6: a key must be text: put it in quotes"),
         ("train:", "on: x\ntrain:", "6: a key must be text: put it in quotes"),
@@ -578,6 +585,22 @@ def test_one_mistake_is_one_line(tmp_path: Path, old: str, new: str, expected: s
     assert old in text
     found = problems(tmp_path, text.replace(old, new, 1))
     assert any(expected in line for line in found), found
+
+
+def test_tasks_within_an_alphabet_share_a_training(tmp_path: Path) -> None:
+    text = small(task="{dataset: dots, ways: 5, shots: 1, queries: 1, within: alphabet}")
+    cells = [*load(tmp_path, text).cells(), *load(tmp_path, text.replace(", within: alphabet", "")).cells()]
+    trained = [cell for cell in cells if cell.train]
+    assert len({cell.id for cell in trained}) == 2 and len({cell.training_id for cell in trained}) == 1
+    assert "/dots[big,within=alphabet]/5w1s1q/" in trained[0].id
+
+
+def test_val_accuracy_needs_the_validation_classes(tmp_path: Path) -> None:
+    text = small(task='{dataset: "dots[small]", ways: 5, shots: 1, queries: 1}')
+    assert load(tmp_path, text).cells()
+    assert problems(tmp_path, text + "measures: [val_accuracy]\n") == [
+        "3: 5 ways are more than the 2 val classes of dots[small]"
+    ]
 
 
 def test_rotated_copies_are_classes(tmp_path: Path) -> None:

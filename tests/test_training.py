@@ -188,15 +188,17 @@ class Peak(Algorithm):
 
     def adapt(self, support, *, seeds, steps=None):
         good = int((self.step - 6).abs().item() < 1.5)  # steps 5, 6, 7
-        return lambda x: good * true_logits(x) + 0 * self.step
+        known = characters(support.x)
+        return lambda x: good * (characters(x)[:, :, None] == known[:, None]).float() + 0 * self.step
 
     def trainer(self, total_steps):
         return Count(self)
 
 
-def true_logits(x):
-    """Queries are ordered by label: the answer."""
-    return torch.eye(3).repeat_interleave(x.shape[1] // 3, 0).expand(len(x), -1, -1)
+def characters(x):
+    """The class of every image (T, n), told by the sum of its pixels."""
+    sums = torch.from_numpy(DATA.images.reshape(72, -1).sum(1).astype(np.int64))
+    return (x.flatten(2).mul(255).round().long().sum(-1)[..., None] == sums).float().argmax(-1) // 6
 
 
 class Count:

@@ -17,6 +17,8 @@ from metabench.measure import Workshop, reason_of, run_job
 from metabench.scoring import Stopped
 from metabench.suite import load_suite
 
+MEASURES = ("accuracy", "val_accuracy")
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
@@ -91,6 +93,31 @@ def test_a_stop_leaves_rows_pending(folder):
 def test_selection_on_validation_names_its_step(folder):
     _, said = perform(folder, "good", more="\nevaluation: {episodes: 20, selection: val}\n")
     assert {s["facts"]["selected_step"] for s in said if s["kind"] == "result"} <= set(range(1, 13))
+
+
+def test_val_accuracy_is_of_validation_classes(folder):
+    _, said = perform(folder, "good", more="\nmeasures: [accuracy, val_accuracy]\n")
+    results = [s for s in said if s["kind"] == "result"]
+    assert {(s["status"], s["unit"]) for s in results} == {("ok", "fraction")}
+    seen = {name: {e for s in results if s["measure"] == name for e in s["samples"]["episodes"]} for name in MEASURES}
+    assert not seen["accuracy"] & seen["val_accuracy"] and len(seen["val_accuracy"]) == len(seen["accuracy"]) == 80
+
+
+def test_a_cell_whose_alphabets_are_too_small_fails_alone(folder):
+    more = """
+grid:
+  tasks:
+    - {dataset: dots, ways: [3, 4], shots: 1, queries: 3, within: alphabet}
+  algorithms: [good]
+"""
+    _, said = perform(folder, "good", more=more)
+    results = {(s["cell"].split("/")[2], s["measure"]): s for s in said if s["kind"] == "result"}
+    assert {key: s["status"] for key, s in results.items()} == {
+        ("3w1s3q", "accuracy"): "ok", ("3w1s3q", "train_time"): "ok",
+        ("4w1s3q", "accuracy"): "failed", ("4w1s3q", "train_time"): "failed",
+    }  # fmt: skip
+    reason = results["4w1s3q", "accuracy"]["reason"]
+    assert reason == "4 ways within one alphabet, but the largest of dots here has 3 classes"
 
 
 def test_reasons_of_our_own_errors_are_their_message():

@@ -46,6 +46,7 @@ METABENCH = {
     "paper": "after Lake et al. 2015",
     "splits": {"alphabets": {"train": 1056, "val": 150, "test": 394}},
     "images_per_class": 20,
+    "within": ["alphabet"],
     "shape": [1, 28, 28],
 }
 VERSION = "glyphs-1"

@@ -50,6 +50,7 @@ METABENCH = {
     },
     "images_per_class": 20,
     "shape": [1, 28, 28],
+    "within": ["alphabet", "drawer"],
 }
 
 VERSION = "omniglot-1"  # part of every episode's identity: change the pixels or their order, change this

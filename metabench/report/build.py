@@ -15,7 +15,8 @@ from metabench.report.published import Published, published
 from metabench.stats import Interval, smallest_visible_difference
 
 RANKING_SEEDS = 3
-QUALITIES = ("accuracy", "mse")
+WITHIN = {"alphabet": "within one alphabet", "drawer": "within one alphabet, support and queries by other hands"}
+QUALITIES = ("accuracy", "val_accuracy", "mse")
 THREADED = (("training", "train_time"), ("adaptation", "adapt_time"))
 COSTS = ("adapt_time", "predict_time", "train_time")
 
@@ -43,16 +44,19 @@ def tables(data: RunData, reference: str | None = None) -> list[Table]:
 
 
 def with_data(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows with what only cell ids tell: the data segment with the data set's parameters, a stream's length."""
+    """The rows with what cell ids tell (results.csv of old has fewer columns): the data segment with the data set's
+    parameters, a stream's length, what the classes of an episode have in common.
+    """
     parts = rows["cell"].astype(str).str.split("/")
     stream = parts.str[2].str.extract(r"^[0-9]+w([0-9]+)t$", expand=False).astype(float)
-    return rows.assign(data=parts.str[1], stream=stream)
+    within = parts.str[1].str.extract(r"[\[,]within=(\w+)", expand=False).fillna("none")
+    return rows.assign(data=parts.str[1], stream=stream, within=within)
 
 
 def _data_parameters(task: pd.Series) -> str:
     """Those parameters of the data set that have no column of their own: 'size=105'."""
     inside = str(task["data"]).partition("[")[2].rstrip("]").split(",")
-    return ", ".join(item for item in inside if "=" in item and not item.startswith("rotations="))
+    return ", ".join(item for item in inside if "=" in item and not item.startswith(("rotations=", "within=")))
 
 
 def measures(rows: pd.DataFrame) -> list[str]:
@@ -115,9 +119,9 @@ def _row(m: Method, data: RunData, reference: Method | None, notes: _Notes) -> R
     if status != "ok":
         return row
     task = m.rows.iloc[0]
-    paper = published(
-        m.algorithm, str(task["dataset"]), count(task["ways"]), _shots(task, m.measure), measure=m.measure
-    )
+    shape = (count(task["ways"]), _shots(task, m.measure))
+    within = task["within"] != "none"
+    paper = published(m.algorithm, str(task["dataset"]), *shape, measure=m.measure, within=within)
     gap, shared = _to_reference(m, reference)
     remarks = _remarks(m, quality)
     if reference is not None and gap and 0 < shared < min(len(finished), len(reference.of(reference.measure))):
@@ -137,8 +141,8 @@ def _row(m: Method, data: RunData, reference: Method | None, notes: _Notes) -> R
 
 
 def _deviations(paper: Published, m: Method) -> tuple[str, ...]:
-    queries = count(m.rows.iloc[0]["queries"])
-    return paper.deviations(split=first(m.rows, "split"), queries=queries, bn_mode=m.bn_mode)
+    queries, within = count(m.rows.iloc[0]["queries"]), first(m.rows, "within")
+    return paper.deviations(split=first(m.rows, "split"), queries=queries, bn_mode=m.bn_mode, within=within)
 
 
 def _remarks(m: Method, quality: Interval | None) -> list[str]:
@@ -236,10 +240,11 @@ def _protocol(found: Sequence[Method], task: pd.Series) -> tuple[tuple[str, str]
     trained = [m for m in found if not m.control]
     scored = pd.concat([m.of(m.measure) for m in found])
     seeds = [len(m.of(m.measure)) for m in trained if len(m.of(m.measure))]
+    subset = "validation" if found[0].measure == "val_accuracy" else "test"
     entries = [
         ("queries", _text(count(task["queries"]))),
-        ("split", f"{task['split']} (test)" if not pd.isna(task["split"]) else ""),
-        ("test episodes", _span(scored["n"].dropna().astype(int))),
+        ("split", f"{task['split']} ({subset})" if not pd.isna(task["split"]) else ""),
+        (f"{subset} episodes", _span(scored["n"].dropna().astype(int))),
         ("seeds", _span(pd.Series(seeds, dtype=int))),
         ("data", _data_parameters(task)),
         ("rotations", "" if pd.isna(task["rotations"]) else str(task["rotations"])),
@@ -273,7 +278,12 @@ def _shared(found: Sequence[Method], column: str) -> str:
 def _title(task: pd.Series) -> str:
     ways, shots = count(task["ways"]), count(task["shots"])
     stream = count(task["stream"])
-    parts = (f"{ways}-way" if ways else "", f"{shots}-shot" if shots else "", f"streams of {stream}" if stream else "")
+    parts = (
+        f"{ways}-way" if ways else "",
+        f"{shots}-shot" if shots else "",
+        f"streams of {stream}" if stream else "",
+        WITHIN.get(str(task["within"]), ""),
+    )
     return " ".join(text for text in (str(task["dataset"]), *parts) if text)
 
 

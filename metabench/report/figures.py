@@ -219,7 +219,7 @@ def _law(law: PowerLaw) -> str:
 
 def _pareto_figure(pareto: Pareto, data: RunData) -> Figure:
     figure, axes = _axes()
-    scale = 100.0 if pareto.measure.startswith("accuracy") else 1.0
+    scale = 100.0 if "accuracy" in pareto.measure else 1.0
     front = sorted((p.cost.value, scale * p.quality.value) for p in pareto.points if p.front)
     axes.step([x for x, _ in front], [y for _, y in front], where="post", color="#444444", linewidth=1, linestyle=":")
     for point, (colour, marker, _) in zip(pareto.points, _looks(pareto.points, data), strict=True):

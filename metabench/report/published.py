@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
+WITHIN = "within-alphabet"  # stands in the file where a split would: Koch's trials
+
 
 @dataclass(frozen=True)
 class Published:
@@ -14,7 +16,8 @@ class Published:
 
     `value` and `ci95` (half width) are fractions for accuracies and plain errors for mse. An empty `split` or
     `bn_mode` and a `queries` of None mean that the source does not say. `verified`: read in the source or in a
-    second text quoting it; `headline`: the number a table shows for this method and task.
+    second text quoting it; `headline`: the number a table shows for this method and task. `within`: on tasks within
+    one alphabet, support and queries by other hands.
     """
 
     algorithm: str
@@ -31,12 +34,15 @@ class Published:
     protocol: str
     verified: bool
     headline: bool
+    within: bool = False
 
-    def deviations(self, *, split: str, queries: int | None, bn_mode: str) -> tuple[str, ...]:
+    def deviations(self, *, split: str, queries: int | None, bn_mode: str, within: str = "none") -> tuple[str, ...]:
         """What its protocol is known to do differently from a row of ours, in words; empty where nothing is known."""
         said = []
         if self.split and self.split != split:
             said.append(f"{self.split} split")
+        if self.within and within != "drawer":
+            said.append("support and queries by other hands")
         if self.bn_mode and self.bn_mode != bn_mode:
             said.append(self.bn_mode)
         if self.queries is not None and self.queries != queries:
@@ -45,13 +51,19 @@ class Published:
 
 
 def published(
-    algorithm: str, dataset: str, ways: int | None, shots: int | None, *, measure: str = "accuracy"
+    algorithm: str,
+    dataset: str,
+    ways: int | None,
+    shots: int | None,
+    *,
+    measure: str = "accuracy",
+    within: bool = False,
 ) -> Published | None:
     """The headline number of `algorithm` (its registry name) on this task, or None where none is known.
 
     The paper's own number where there is one. Rows of `accuracy_at_K` carry no shots: pass None.
     """
-    return _headlines().get((algorithm, dataset, ways, shots, measure))
+    return _headlines().get((algorithm, dataset, ways, shots, measure, within))
 
 
 @cache
@@ -62,15 +74,15 @@ def all_published() -> tuple[Published, ...]:
 
 
 @cache
-def _headlines() -> dict[tuple[str, str, int | None, int | None, str], Published]:
-    return {(p.algorithm, p.dataset, p.ways, p.shots, p.measure): p for p in all_published() if p.headline}
+def _headlines() -> dict[tuple[str, str, int | None, int | None, str, bool], Published]:
+    return {(p.algorithm, p.dataset, p.ways, p.shots, p.measure, p.within): p for p in all_published() if p.headline}
 
 
 def _row(record: dict[str, str]) -> Published:
     return Published(
         algorithm=record["algorithm"],
         dataset=record["dataset"],
-        split=record["split"],
+        split="" if record["split"] == WITHIN else record["split"],
         ways=_count(record["ways"]),
         shots=_count(record["shots"]),
         queries=_count(record["queries"]),
@@ -82,6 +94,7 @@ def _row(record: dict[str, str]) -> Published:
         protocol=record["protocol"],
         verified=record["verified"] == "yes",
         headline=record["headline"] == "yes",
+        within=record["split"] == WITHIN,
     )
 
 

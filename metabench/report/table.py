@@ -256,7 +256,9 @@ def _quality(measure: str) -> Column:
     def cell(row: Row) -> str:
         return wording.score(row.quality.value, measure) + (wording.MARKS[row.mark] or " ") if row.quality else ""
 
-    return Column((wording.name(measure) if len(measure) < 12 else "accuracy", wording.unit(measure)), cell)
+    return Column(
+        (wording.name(measure) if len(wording.name(measure)) < 12 else "accuracy", wording.unit(measure)), cell
+    )
 
 
 def _costs() -> list[Column]:

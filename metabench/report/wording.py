@@ -8,7 +8,7 @@ from metabench.stats import Interval
 
 def score(value: float, measure: str) -> str:
     """A quality as shown: accuracies in per cent with two decimals, errors with three digits or more."""
-    if measure.startswith("accuracy"):
+    if "accuracy" in measure:
         return f"{100 * value:.2f}"
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
 
@@ -77,13 +77,14 @@ def digits(value: float, count: int = 3) -> str:
 
 def unit(measure: str) -> str:
     """The unit of a quality's column."""
-    return "%" if measure.startswith("accuracy") else ""
+    return "%" if "accuracy" in measure else ""
 
 
 def name(measure: str) -> str:
-    """A measure in words: accuracy_at_2 is the accuracy at presentation 2."""
+    """A measure in words: accuracy_at_2 is the accuracy at presentation 2, val_accuracy that on validation classes."""
     head, _, k = measure.rpartition("_at_")
-    return f"{head} at presentation {k}" if head else measure.replace("_", " ")
+    text = f"{head} at presentation {k}" if head else measure.replace("_", " ")
+    return text.replace("val ", "validation ")
 
 
 def paper(row: Row) -> str:
@@ -123,7 +124,7 @@ def sentences(table: Table) -> list[str]:
     if table.visible:
         low, high = (score(value, table.measure) for value in table.visible)
         size = low if low == high else f"{low} to {high}"
-        points = " points" if table.measure.startswith("accuracy") else ""
+        points = " points" if "accuracy" in table.measure else ""
         said.append(f"Smallest visible difference to {table.reference} (80 % power): {size}{points}.")
     by_measure: dict[str, list[str]] = {}
     for method, measure, value in table.details:
