@@ -218,6 +218,31 @@ def smallest_visible_difference(difference: Interval, *, power: float = 0.8) -> 
     return difference.half + float(distributions.t.ppf(power, difference.df)) * difference.se
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values of a family, in the same order: below alpha, its test holds at that family-wise rate.
+
+    Holm 1979, "A simple sequentially rejective multiple test procedure".
+    """
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def proportion_interval(hits: int, trials: int, *, level: float = 0.95) -> tuple[float, float]:
+    """Clopper and Pearson's exact interval of a rate seen `hits` times in `trials`.
+
+    Raises:
+        ValueError: no trials, or hits outside 0..trials.
+    """
+    if not 0 <= hits <= trials or trials < 1:
+        raise ValueError(f"{hits} hits in {trials} trials")
+    interval = distributions.binomtest(hits, trials).proportion_ci(level, method="exact")
+    return float(interval.low), float(interval.high)
+
+
 def rank_agreement(
     a: Sequence[Interval], b: Sequence[Interval], *, level: float = 0.95, draws: int = 2000, seed: int = 0
 ) -> Agreement:

@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "environment": NOBODY,
     "store": {"cells"},
     "roofline": NOBODY,
+    "verdicts": NOBODY,
     "report": {"environment", "report", "roofline", "store", "stats"},
     # the torch half
     "timing": NOBODY,
@@ -64,7 +65,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {"plan", "runner", "report", "store", "progress", "listing", "doctor", *SUITES},
 }
 PLAIN = (
-    "suite", "cells", "suitefile", "catalogue", "store", "environment", "stats", "roofline", "doctor",
+    "suite", "cells", "suitefile", "catalogue", "store", "environment", "stats", "roofline", "verdicts", "doctor",
     "plan", "workers", "costs", "runner", "report", "cli",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))

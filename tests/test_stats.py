@@ -8,11 +8,13 @@ from scipy import stats as reference
 from metabench.stats import (
     Interval,
     cluster_interval,
+    holm,
     mean_interval,
     median_interval,
     paired_difference,
     paired_ratio,
     power_law,
+    proportion_interval,
     rank_agreement,
     ratio,
     seeds_interval,
@@ -253,3 +255,28 @@ def test_the_interval_of_an_exponent_is_over_processes():
 def test_a_power_law_refuses_what_has_none(x, y):
     with pytest.raises(ValueError):
         power_law(x, y)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_rejects_what_its_steps_reject(p_values):
+    adjusted = holm(p_values)
+    for alpha in (0.01, 0.05, 0.2):
+        ordered = sorted(range(len(p_values)), key=lambda i: p_values[i])
+        rejected = set()
+        for rank, i in enumerate(ordered):  # step down until the first that is not rejected
+            if (len(p_values) - rank) * p_values[i] >= alpha:
+                break
+            rejected.add(i)
+        assert {i for i, p in enumerate(adjusted) if p < alpha} == rejected
+
+
+def test_proportion_interval_is_the_exact_one():
+    """No alarm in 300 rows bounds the rate at 1 %, one-sided (1 - 0.05^(1/300)); two-sided a little above."""
+    assert proportion_interval(0, 300, level=0.9) == (0, pytest.approx(1 - 0.05 ** (1 / 300)))
+    low, high = proportion_interval(57, 60)
+    assert low == pytest.approx(reference.beta.ppf(0.025, 57, 4)) and high == pytest.approx(
+        reference.beta.ppf(0.975, 58, 3)
+    )
+    for wrong in ((1, 0), (-1, 5), (6, 5)):
+        with pytest.raises(ValueError, match="trials"):
+            proportion_interval(*wrong)
