@@ -18,11 +18,12 @@ Scale = Literal["ratio", "points", "error", "exact"]
 class Verdict:
     """The verdict on one row (a cell and a measure), candidate against base.
 
-    `change` with `low` and `high` is on the row's `scale`: "ratio" is candidate / base - 1 (times, memory), "points" the
-    difference of accuracies as a fraction, "error" the relative change of a mean squared error, "exact" the difference
-    of counts. `worse` says which sign is bad: +1 where more is worse. `margin` is what was declared to be no matter, on
-    the same scale. `detectable` is the smallest change that this comparison would have found with 80 % power. `small`
-    marks a regression or gain that is beyond the margin and surely under the bound of "unchanged": small but real.
+    `change` with `low` and `high` is on the row's `scale`: "ratio" is candidate / base - 1 (times, memory), "points"
+    the difference of accuracies as a fraction, "error" the relative change of a mean squared error, "exact" the
+    difference of counts. `worse` says which sign is bad: +1 where more is worse. `margin` is what was declared to be no
+    matter, on the same scale. `detectable` is the smallest change that this comparison would have found with 80 %
+    power. `small` marks a regression or gain that is beyond the margin and surely under the bound of "unchanged": small
+    but real.
     `reason` says why a row is incomparable or inconclusive, or what a reader must know.
     """
 
