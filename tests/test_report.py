@@ -179,6 +179,24 @@ def test_under_trained_methods_are_said_to_be_but_controls_are_not():
     assert row(made, "protonet").notes == ()
 
 
+def test_a_row_with_another_backbone_than_most_has_a_footnote():
+    results = Results().add("protonet", 0.9).add("matching", 0.89)
+    results.add("relation", 0.8, backbone="conv4-maps").add("mann", 0.7, backbone="", train_spec="5w1s5q*10")
+    results.add("pixel-nn", 0.4, backbone="", train_spec="")
+    made = only(results.data())
+    said = {r.method: [dict(made.notes)[n] for n in r.notes] for r in made.rows}
+    assert said["relation"] == ["backbone conv4-maps; most here have conv4"]
+    assert said["mann"] == ["a network of its own; most here have conv4"]
+    assert not said["protonet"] and not said["matching"] and not said["pixel-nn"]
+    alone = only(Results().add("protonet", 0.9).add("relation", 0.8, backbone="conv4-maps").data())
+    assert not alone.notes  # no two share one: there is no common backbone
+
+
+def test_the_data_that_a_table_is_on_stands_in_its_title():
+    made = only(Results().add("protonet", 0.9, measure="val_accuracy").data())
+    assert dict(made.protocol)["split"] == "vinyals (validation)" and "validation episodes" in dict(made.protocol)
+
+
 def test_the_reference_is_the_first_method_of_the_suite_or_the_one_named():
     data = small()
     assert only(data).reference == "protonet"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
@@ -80,8 +81,8 @@ def _reference(found: Sequence[Method], data: RunData, asked: str | None) -> Met
 
 
 def _table(found: Sequence[Method], data: RunData, reference: Method | None) -> Table:
-    notes = _Notes()
-    rows = {id(m): _row(m, data, reference, notes) for m in found}
+    notes, shared = _Notes(), _shared_backbone(found)
+    rows = {id(m): _row(m, data, reference, shared, notes) for m in found}
     blocks, grouped = [], _grouped(found)
     for title, members in grouped.items():
         marks, verdict = _ranking([] if title == "controls" else members)
@@ -111,7 +112,14 @@ def _grouped(found: Sequence[Method]) -> dict[str, list[Method]]:
     return {title: blocks[title] for title in [*order, *sorted(set(blocks) - set(order))] if title in blocks}
 
 
-def _row(m: Method, data: RunData, reference: Method | None, notes: _Notes) -> Row:
+def _shared_backbone(found: Sequence[Method]) -> str:
+    """The backbone that most trained methods have; empty where no two share one."""
+    named = Counter(first(m.rows, "backbone") for m in found if not m.control)
+    named.pop("", None)
+    return next((name for name, count in named.most_common(1) if count > 1), "")
+
+
+def _row(m: Method, data: RunData, reference: Method | None, backbone: str, notes: _Notes) -> Row:
     quality, finished, unfinished = m.quality, m.of(m.measure), m.unfinished
     fine = quality is not None or unfinished.empty or (not m.measure and any(len(m.of(name)) for name in COSTS))
     status, reason = ("ok", "") if fine else _outcome(unfinished)
@@ -124,6 +132,9 @@ def _row(m: Method, data: RunData, reference: Method | None, notes: _Notes) -> R
     paper = published(m.algorithm, str(task["dataset"]), *shape, measure=m.measure, within=within)
     gap, shared = _to_reference(m, reference)
     remarks = _remarks(m, quality)
+    own = first(m.rows, "backbone")
+    if backbone and own != backbone and first(m.rows, "train_spec"):
+        remarks.append(f"{f'backbone {own}' if own else 'a network of its own'}; most here have {backbone}")
     if reference is not None and gap and 0 < shared < min(len(finished), len(reference.of(reference.measure))):
         remarks.append(f"the difference is on the {shared} seeds that both have")
     return replace(
