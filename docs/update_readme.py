@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 
 import peers_table
+import published_table
 
 from metabench.report import render
 from metabench.report.load import load
 from metabench.store import Run
 
 ROOT = Path(__file__).resolve().parent.parent
-PART = re.compile(r"<!-- (table|peers|file): (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+PART = re.compile(r"<!-- (table|published|peers|file): (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def filled(text: str) -> str:
@@ -30,6 +31,8 @@ def _part(kind: str, name: str) -> str:
         language = "python" if path.suffix == ".py" else "yaml"
         return f"```{language}\n{path.read_text(encoding='utf-8')}```\n"
     runs = sorted(file.parent for file in path.rglob("manifest.json"))
+    if kind == "published":
+        return published_table.table(runs)
     if kind == "peers":
         return peers_table.table(Run.open(runs[-1]))
     tables = re.split(r"(?=^### )", render(load(runs), "md"), flags=re.MULTILINE)[1:]

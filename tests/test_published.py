@@ -46,6 +46,20 @@ def test_presentations_are_measures_of_their_own():
     assert values == [0.364, 0.828, 0.949, 0.981]
 
 
+def test_a_paper_that_has_both_modes_of_batch_norm_is_quoted_for_ours():
+    assert published("reptile", "omniglot", 5, 1, bn_mode="transductive").value == 0.9768
+    assert published("reptile", "omniglot", 5, 1, bn_mode="inductive").value == 0.9539
+    # another network of the same table is another method, and an inductive MAML was never published
+    assert published("maml", "omniglot", 5, 1, bn_mode="inductive").value == 0.987
+    assert published("maml", "omniglot", 5, 1, bn_mode="transductive").value == 0.987
+
+
+def test_a_random_split_is_a_random_split():
+    maml = published("maml", "omniglot", 5, 1)
+    assert maml.deviations(split="random1200", queries=1, bn_mode="transductive") == ()
+    assert maml.deviations(split="vinyals", queries=1, bn_mode="transductive") == ("random split",)
+
+
 def test_deviations_name_what_is_known_to_differ_and_nothing_else():
     reptile = published("reptile", "omniglot", 5, 1)
     assert reptile.deviations(split="vinyals", queries=15, bn_mode="transductive") == (

@@ -129,7 +129,7 @@ def _row(m: Method, data: RunData, reference: Method | None, backbone: str, note
     task = m.rows.iloc[0]
     shape = (count(task["ways"]), _shots(task, m.measure))
     within = task["within"] != "none"
-    paper = published(m.algorithm, str(task["dataset"]), *shape, measure=m.measure, within=within)
+    paper = published(m.algorithm, str(task["dataset"]), *shape, measure=m.measure, within=within, bn_mode=m.bn_mode)
     gap, shared = _to_reference(m, reference)
     remarks = _remarks(m, quality)
     own = first(m.rows, "backbone")

@@ -1,0 +1,42 @@
+"""One table of all tasks of some runs: ours beside the published number, as Markdown for the README.
+
+python docs/published_table.py results/reference/omniglot-papers/RUN ...
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from metabench.report import against, tables, wording
+from metabench.report.load import load
+
+HEAD = "| method | task | ours | published | difference | unlike the source, besides its longer training |"
+
+
+def table(runs: Sequence[Path]) -> str:
+    """The comparisons of the runs, a row each: those with a published number, in the order of the results."""
+    records = [one for one in against.records(tables(load(runs))) if one["published"] is not None]
+    return "\n".join([HEAD, "| :-- | :-- | --: | --: | --: | :-- |", *map(_row, records)]) + "\n"
+
+
+def _row(one: dict[str, Any]) -> str:
+    def score(name: str, *, signed: bool = False) -> str:
+        return (wording.signed if signed else wording.score)(one[name], one["measure"])
+
+    half = wording.score((one["ci_high"] - one["ci_low"]) / 2, one["measure"])
+    task = one["task"] if not one["measure"].startswith("accuracy_at") else f"{one['task']}, {_presentation(one)}"
+    margin = wording.score((one["difference_high"] - one["difference_low"]) / 2, one["measure"])
+    theirs = score("published").removesuffix("0") + ("" if one["verified"] else "?")
+    gap = f"{score('difference', signed=True)} ± {margin}"
+    return f"| {one['method']} | {task} | {score('value')} ± {half} | {theirs} | {gap} | {one['unlike_ours']} |"
+
+
+def _presentation(one: dict[str, Any]) -> str:
+    return f"presentation {one['measure'].rpartition('_')[2]}"
+
+
+if __name__ == "__main__":
+    print(table([Path(run) for run in sys.argv[1:]]), end="")
