@@ -184,6 +184,8 @@ def _derive(folder: Run) -> RunData:
     data = load([folder.path])
     folder.write("results.csv", csvfile.results(data.rows))
     folder.write("episodes.csv", csvfile.episodes(data.episodes))
+    if len(data.curves):
+        folder.write("curves.csv", csvfile.curves(data.curves))
     markdown = render(data, "md")
     folder.write("report.md", markdown)
     summary = os.environ.get("GITHUB_STEP_SUMMARY")

@@ -92,6 +92,7 @@ class _Cells:
         self.dataset = shop.dataset(job)
         self.source = self._bind("train", job["train"]) if job["train"] else None
         self.tests: dict[str, TaskDistribution] = {}
+        self.curve: list[dict[str, float]] = []
 
     def run(self) -> None:
         self._bind_tests()
@@ -104,7 +105,9 @@ class _Cells:
         if not cells:
             return
         if self.source is not None:
-            facts |= train(algorithm, self._plan())
+            trained = train(algorithm, self._plan())
+            self.curve = trained.pop("curve")
+            facts |= trained
         algorithm.eval()
         for cell in cells:
             for measure in cell["measures"]:
@@ -169,7 +172,9 @@ class _Cells:
 
     def _measure(self, algorithm: Algorithm, cell: Mapping[str, Any], measure: str, facts: Mapping[str, Any]) -> None:
         if measure == "train_time":
-            samples = {"seconds": [facts["train_seconds"]]}
+            each = self.job["train"]["images_per_step"]
+            curve = [{**point, "images": point["step"] * each} for point in self.curve]
+            samples = {"seconds": [facts["train_seconds"]], "curve": curve}
             self.result(cell["id"], measure, "ok", unit="s", samples=samples, facts=facts)
             return
         if measure == "mse_before" and not algorithm.inner_loop:

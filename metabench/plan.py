@@ -233,7 +233,7 @@ class Job:
             "kind": "job",
             "id": number,
             **model_message(cell),
-            "train": asdict(cell.train) if cell.train else None,
+            "train": {**asdict(cell.train), "images_per_step": cell.train.images_per_step} if cell.train else None,
             "evaluation": asdict(suite.evaluation),
             "cells": [
                 {

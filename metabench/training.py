@@ -7,7 +7,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from metabench.scoring import Stopped, score_episodes
 PROGRESS_SECONDS = 0.5
 CHECKPOINT_SECONDS = 20.0
 VALIDATIONS, VALIDATION_EPISODES = 10, 200
+POINTS = 100  # of a learning curve: the means of as many equal parts of the training
 
 
 @dataclass
@@ -35,6 +36,17 @@ class Progress:
     best: float = -math.inf
     best_step: int = 0
     best_state: dict[str, Tensor] | None = None
+    curve: list[dict[str, float]] = field(default_factory=list)
+    sums: dict[str, Tensor] = field(default_factory=dict)  # of the metrics since the curve's last point
+
+    def note(self, metrics: Mapping[str, Tensor], part: int) -> None:
+        """Add a step's metrics to the curve, whose points are means over `part` steps; one not finite is left out."""
+        self.sums = {key: self.sums.get(key, 0.0) + value.detach() for key, value in metrics.items()}
+        if self.step % part == 0:
+            means = {key: float(value) / part for key, value in self.sums.items()}
+            finite = {key: value for key, value in means.items() if math.isfinite(value)}
+            self.curve.append({"step": self.step, "seconds": self.seconds, **finite})
+            self.sums = {}
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,8 @@ class Plan:
 
 
 def train(algorithm: Algorithm, plan: Plan) -> dict[str, Any]:
-    """Meta-train to the budget, or on from the checkpoint; returns the facts of the training.
+    """Meta-train to the budget, or on from the checkpoint; returns the facts of the training, its `curve` among them:
+    points of step, seconds, and either the mean metrics since the last one or the score on validation episodes.
 
     Raises:
         Stopped: a stop was asked for; the checkpoint is on disk.
@@ -85,18 +98,20 @@ def train(algorithm: Algorithm, plan: Plan) -> dict[str, Any]:
         "resumed": progress.resumed,
         "selected_step": progress.best_step or progress.steps,
         "train_strategy": algorithm.settled,
+        "curve": progress.curve,
     }
 
 
 def _loop(algorithm: Algorithm, trainer: Trainer, plan: Plan, progress: Progress) -> None:
     said = saved = mark = time.perf_counter()
-    every = max(1, progress.steps // VALIDATIONS)
+    every, part = (max(1, progress.steps // parts) for parts in (VALIDATIONS, POINTS))
     while progress.step < progress.steps:
         metrics = trainer.step(next_batch(plan.source, plan.spec, algorithm.feeds, progress.step))
         progress.step += 1
         plan.synchronise()  # a device that still works on the step would work outside the clock
         now = time.perf_counter()
         progress.seconds += now - mark
+        progress.note(metrics, part)
         if now - said > PROGRESS_SECONDS or progress.step == progress.steps:
             said = now
             finite = {k: float(v) for k, v in metrics.items() if bool(torch.isfinite(v))}
@@ -147,7 +162,9 @@ def _select(algorithm: Algorithm, plan: Plan, validation: TaskDistribution, prog
     algorithm.train()
     if found.not_finite:
         return
-    better = statistics.fmean(found.scores) * (1 if algorithm.problem.loss == "cross_entropy" else -1)
+    score = statistics.fmean(found.scores)
+    progress.curve.append({"step": progress.step, "seconds": progress.seconds, "validation": score})
+    better = score * (1 if algorithm.problem.loss == "cross_entropy" else -1)
     if better > progress.best:
         progress.best, progress.best_step = better, progress.step
         progress.best_state = {k: v.detach().clone() for k, v in algorithm.state_dict().items()}

@@ -15,7 +15,7 @@ from test_report import Results, small
 
 from metabench.errors import StoreError
 from metabench.report import RunData
-from metabench.report.figures import COLOURS, GREY, _looks, draw, paretos, scalings
+from metabench.report.figures import COLOURS, GREY, _looks, draw, learnings, paretos, scalings
 from metabench.report.load import load
 from metabench.stats import power_law
 
@@ -125,6 +125,40 @@ def test_scores_are_drawn_against_costs(tmp_path):
         "pareto-train-time-omniglot-5-way-1-shot-cpu-float32.svg",
     ]
     assert draw(small(), tmp_path) == []  # one method with a cost is no comparison
+
+
+def test_learning_curves_are_means_over_seeds(tmp_path):
+    def rows(name, seed, spec):
+        training = f"{name}[train={spec}]/glyphs[alphabets]/cpu-float32/seed{seed}"
+        row = {"algorithm": name, "dataset": "glyphs", "measure": "train_time", "status": "ok", "seed": seed}
+        # two cells that share a training are one curve
+        return [
+            {**row, "cell": f"{name}/{shape}/seed{seed}", "training": training, "train_spec": spec} for shape in "ab"
+        ]
+
+    def point(row, step, **more):
+        return {"training": row["training"], "seed": row["seed"], "step": step, "images": 30 * step, **more}
+
+    (a, _), (b, _), (other, _), (plain, _) = trainings = [
+        rows("proto", 0, "5w1s5q*20"), rows("proto", 1, "5w1s5q*20"), rows("maml", 0, "5w1s5q*20"),
+        rows("base", 0, "64i*9"),
+    ]  # fmt: skip
+    curves = [
+        point(a, 10, accuracy=0.5), point(a, 20, accuracy=0.7), point(a, 20, validation=0.6),
+        point(b, 10, accuracy=0.6), point(b, 20, accuracy=0.9), point(other, 10, accuracy=0.4),
+        point(plain, 5, loss=2.0),
+    ]  # fmt: skip
+    data = RunData.of([row for found in trainings for row in found], curves=curves)
+    episodes, images = learnings(data)
+    assert episodes.title == "glyphs[alphabets] 5-way"
+    proto, maml = episodes.curves
+    assert proto.train == ((300.0, pytest.approx(0.55)), (600.0, pytest.approx(0.8)))
+    assert proto.validation == ((600.0, 0.6),) and maml.train == ((300.0, 0.4),)
+    assert [(c.method, c.score, c.train) for c in images.curves] == [("base", "loss", ((150.0, 2.0),))]
+    assert len(draw(data, tmp_path)) == 4
+    silent = [{"training": a["training"], "seed": 0, "step": 10, "images": 300}]
+    assert learnings(RunData.of([a], curves=silent)) == []
+    assert learnings(RunData.of([row for found in trainings for row in found])) == []
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -230,6 +231,30 @@ def test_selection_on_validation_keeps_the_first_of_the_best(tmp_path, stops):
     last = fresh(Peak)
     assert train(last, plan(tmp_path / "last"))["selected_step"] == 10
     assert float(last.step.detach()) == 10
+
+
+@pytest.mark.parametrize("stops", [[], [3], [2, 4]])
+def test_the_learning_curve_is_the_same_after_stops(tmp_path, monkeypatch, stops):
+    monkeypatch.setattr(training, "POINTS", 5)  # of ten steps: two a point
+    for steps in stops:
+        with pytest.raises(Stopped):
+            train(fresh(), plan(tmp_path, validation=tasks("val"), stopping=stop_after(steps)))
+    curve = train(fresh(), plan(tmp_path, validation=tasks("val")))["curve"]
+    learned = [point for point in curve if "loss" in point]
+    assert [point["step"] for point in learned] == [2, 4, 6, 8, 10]
+    assert [point["step"] for point in curve if "validation" in point] == list(range(1, 11))
+    assert all(0 <= point["validation"] <= 1 for point in curve if "validation" in point)
+    assert all(a["seconds"] <= b["seconds"] for a, b in itertools.pairwise(curve))
+    # a point is the mean over its steps
+    losses = []
+    algorithm = fresh()
+    trainer = algorithm.trainer(10)
+    algorithm.train()
+    source = tasks()
+    for step in range(10):
+        losses.append(float(trainer.step(next_batch(source, SPEC, "episodes", step))["loss"]))
+    expected = [(a + b) / 2 for a, b in zip(losses[::2], losses[1::2], strict=True)]
+    assert [point["loss"] for point in learned] == pytest.approx(expected, rel=1e-5)
 
 
 def test_parameters_that_are_not_finite_are_told(tmp_path):

@@ -1,4 +1,4 @@
-"""results.csv and episodes.csv: tidy text with a fixed order of columns, the same bytes for the same results."""
+"""results.csv, episodes.csv, curves.csv: tidy text in a fixed order of columns, same bytes for the same results."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from metabench.report.model import EPISODE_COLUMNS, RESULT_COLUMNS
+from metabench.report.model import CURVE_COLUMNS, EPISODE_COLUMNS, RESULT_COLUMNS
 
-COUNTS = frozenset({"ways", "shots", "queries", "seed", "n", "train_steps", "tasks", "threads", "episode"})
+COUNTS = frozenset(
+    {"ways", "shots", "queries", "seed", "n", "train_steps", "tasks", "threads", "episode", "step", "images"}
+)
 
 
 def results(rows: pd.DataFrame) -> str:
@@ -19,6 +21,11 @@ def results(rows: pd.DataFrame) -> str:
 def episodes(scores: pd.DataFrame) -> str:
     """episodes.csv: one line per cell, measure and test episode."""
     return _text(scores, EPISODE_COLUMNS)
+
+
+def curves(points: pd.DataFrame) -> str:
+    """curves.csv: one line per point of a training's learning curve."""
+    return _text(points, CURVE_COLUMNS)
 
 
 def records(found: Sequence[Mapping[str, object]]) -> str:

@@ -1,4 +1,4 @@
-"""Figures of a run: how time scales with each coordinate, and accuracy against cost. SVG and PNG, README width.
+"""Figures of a run, as SVG and PNG: how time scales with each coordinate, accuracy against cost, learning curves.
 
 matplotlib is imported only where something is drawn; nothing here needs a display.
 """
@@ -83,6 +83,28 @@ class Pareto:
     points: tuple[Point, ...]
 
 
+@dataclass(frozen=True)
+class Curve:
+    """One method's learning: its scores on training tasks, and on validation episodes, at so many images seen.
+
+    Means over the seeds that got so far; `score` is the accuracy where there is one, else the loss.
+    """
+
+    method: str
+    algorithm: str
+    score: str
+    train: tuple[tuple[float, float], ...]
+    validation: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Learning:
+    """One figure: the learning curves of all methods trained on the same data with the same ways."""
+
+    title: str
+    curves: tuple[Curve, ...]
+
+
 def draw(data: RunData, folder: Path) -> list[Path]:
     """Draw every figure that the results allow into `folder`, as SVG and PNG; returns the files, sorted by figure.
 
@@ -91,9 +113,42 @@ def draw(data: RunData, folder: Path) -> list[Path]:
     """
     drawn = [(f"scaling-{f.kernel}-{f.axis} {f.fixed}", _scaling_figure(f, data)) for f in scalings(data)]
     drawn += [(f"pareto-{f.cost} {f.title}", _pareto_figure(f, data)) for f in paretos(data)]
+    drawn += [(f"learning {f.title}", _learning_figure(f, data)) for f in learnings(data)]
     names = [_slug(name) for name, _ in drawn]
     unique = [name if names.count(name) == 1 else f"{name}-{i + 1}" for i, name in enumerate(names)]
     return [path for name, (_, figure) in zip(unique, drawn, strict=True) for path in _save(figure, folder, name)]
+
+
+def learnings(data: RunData) -> list[Learning]:
+    """The learning curves of a run, by data and training way, those of a method averaged over its seeds."""
+    if data.curves.empty:
+        return []
+    timed = data.rows[data.rows["measure"] == "train_time"].drop_duplicates("training").set_index("training")
+    points = data.curves[data.curves["training"].isin(timed.index)]
+    told = timed.loc[points["training"]].reset_index()
+    ways = told["train_spec"].astype(str).str.extract(r"^([0-9]+)w", expand=False)
+    points = points.reset_index(drop=True).assign(
+        method=[base_label(str(cell)) for cell in told["cell"]],
+        algorithm=told["algorithm"],
+        title=told["training"].astype(str).str.split("/").str[1] + (" " + ways + "-way").fillna(""),
+    )
+    found = []
+    for title, group in points.groupby("title", sort=False):
+        curves = [_curve(mine) for _, mine in group.groupby(["method", "algorithm"], sort=False)]
+        # Reptile has no loss on queries: without validation there is nothing to draw of it
+        if told_of := tuple(curve for curve in curves if curve.train or curve.validation):
+            found.append(Learning(str(title), told_of))
+    return found
+
+
+def _curve(points: pd.DataFrame) -> Curve:
+    def path(name: str) -> tuple[tuple[float, float], ...]:
+        means = points.dropna(subset=[name]).astype({name: float}).groupby("images")[name].mean().sort_index()
+        return tuple(zip(map(float, means.index), map(float, means), strict=True))
+
+    score = "accuracy" if points["accuracy"].notna().any() else "loss"
+    first = points.iloc[0]
+    return Curve(str(first["method"]), str(first["algorithm"]), score, path(score), path("validation"))
 
 
 def scalings(data: RunData) -> list[Scaling]:
@@ -241,6 +296,24 @@ def _pareto_figure(pareto: Pareto, data: RunData) -> Figure:
     return figure
 
 
+def _learning_figure(learning: Learning, data: RunData) -> Figure:
+    figure, axes = _axes()
+    accuracies = [curve for curve in learning.curves if curve.score == "accuracy"]
+    shown = accuracies or learning.curves
+    scale = 100.0 if accuracies else 1.0
+    for curve, (colour, marker, style) in zip(shown, _looks(shown, data), strict=True):
+        x, y = [x for x, _ in curve.train], [scale * y for _, y in curve.train]
+        axes.plot(x, y, color=colour, linewidth=1.2, linestyle=style, label=curve.method)
+        x, y = [x for x, _ in curve.validation], [scale * y for _, y in curve.validation]
+        axes.plot(x, y, color=colour, linestyle="", marker=marker, markersize=5)
+    axes.set_xscale("log")
+    axes.set_yscale("linear" if accuracies else "log")
+    axes.set_xlabel("training images seen" + (", markers: validation" if any(c.validation for c in shown) else ""))
+    axes.set_ylabel("accuracy on training tasks (%)" if accuracies else "loss on training tasks")
+    _finish(axes, f"{learning.title}: learning curves")
+    return figure
+
+
 def _axes() -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
@@ -276,7 +349,7 @@ def _bars(intervals: Sequence[Interval]) -> Any:
     return np.array(sides).T if any(any(side) for side in sides) else None
 
 
-def _looks(shown: Sequence[Line] | Sequence[Point], data: RunData) -> list[tuple[str, str, str]]:
+def _looks(shown: Sequence[Line] | Sequence[Point] | Sequence[Curve], data: RunData) -> list[tuple[str, str, str]]:
     """(colour, marker, line style) of each: a marker for each family, controls grey, no two alike while looks last."""
     families = list(dict.fromkeys(_family(one, data) for one in shown))
     looks: list[tuple[str, str, str]] = []
@@ -293,7 +366,7 @@ def _looks(shown: Sequence[Line] | Sequence[Point], data: RunData) -> list[tuple
     return looks
 
 
-def _family(one: Line | Point, data: RunData) -> str:
+def _family(one: Line | Point | Curve, data: RunData) -> str:
     return data.families.get(one.algorithm, one.algorithm)
 
 

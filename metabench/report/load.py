@@ -32,6 +32,7 @@ def load(paths: Sequence[Path]) -> RunData:
     by_class: list[dict[str, Any]] = []
     facts: list[dict[str, Any]] = []
     timings: list[dict[str, Any]] = []
+    curves: dict[str, list[dict[str, Any]]] = {}
     slices = {run.path: run.slices() for run in runs}
     for run, measurement, row in found.values():
         facts.append({**run.manifest["cells"][row["cell"]], **measurement.facts, **_key(row)})
@@ -39,12 +40,16 @@ def load(paths: Sequence[Path]) -> RunData:
         where = {"cell": row["cell"], "seed": row["seed"], "measure": row["measure"]}
         episodes += ({**where, **score} for score in _scores(run, measurement))
         by_class += ({**where, **credit} for credit in _credit(run, measurement))
+        if row["measure"] == "train_time":  # cells that share a training share its curve
+            points = run.samples(measurement).get("curve", [])
+            curves[row["training"]] = [{"training": row["training"], "seed": row["seed"], **one} for one in points]
     return RunData.of(
         [row for _, _, row in found.values()],
         episodes,
         by_class,
         facts=facts,
         timings=timings,
+        curves=[point for points in curves.values() for point in points],
         manifest=runs[-1].manifest if runs else {},
         environment={name: facts for run in runs for name, facts in run.environments().items()},
         controls={name for run in runs for name in run.manifest["controls"]},

@@ -20,6 +20,7 @@ FACT_COLUMNS = (
     "cell", "measure", "steps", "threads_asked", "allocator", "layout", "compile", "images", "iqr", "intercept",
     "strategy", "device_seconds",
 )  # fmt: skip
+CURVE_COLUMNS = ("training", "seed", "step", "images", "seconds", "loss", "accuracy", "validation")
 TIMING_COLUMNS = ("cell", "measure", "process", "seconds", "begin", "end")
 KERNELS = ("adapt", "inner_step", "predict", "embed", "meta_step", "episode")  # in the order shown
 COUNTS = ("flops", "bytes", "memory", "nodes", "launches")
@@ -39,7 +40,9 @@ class RunData:
     CLASS_COLUMNS, per cell, measure and class the number of queries and the sum of their credit (1 for a right
     answer). Without the last two the report has fewer columns. `facts` holds FACT_COLUMNS, what results.csv has no
     column for: the call that was timed, and what only the worker knew. `timings` holds TIMING_COLUMNS, per timed row
-    and process the median of its samples and when they were taken. `controls` names the algorithms shown apart,
+    and process the median of its samples and when they were taken. `curves` holds CURVE_COLUMNS, the learning curve of
+    every training: the mean loss and accuracy on training tasks since its last point, or the score on validation
+    episodes. `controls` names the algorithms shown apart,
     `families` the family of each algorithm (metric, optimisation ...). Make it with `RunData.of`.
     """
 
@@ -48,6 +51,7 @@ class RunData:
     by_class: pd.DataFrame
     facts: pd.DataFrame
     timings: pd.DataFrame
+    curves: pd.DataFrame
     manifest: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     controls: frozenset[str] = CONTROLS
@@ -62,6 +66,7 @@ class RunData:
         *,
         facts: Frame | None = None,
         timings: Frame | None = None,
+        curves: Frame | None = None,
         manifest: Mapping[str, Any] | None = None,
         environment: Mapping[str, Any] | None = None,
         controls: Iterable[str] = CONTROLS,
@@ -77,6 +82,7 @@ class RunData:
             _latest(_frame(by_class, CLASS_COLUMNS, CLASS_COLUMNS), ["cell", "measure", "class"]),
             _latest(_frame(facts, FACT_COLUMNS, FACT_COLUMNS[:2]), ["cell", "measure"]),
             _latest(_frame(timings, TIMING_COLUMNS, TIMING_COLUMNS), ["cell", "measure", "process"]),
+            _frame(curves, CURVE_COLUMNS, ("training", "step")),
             manifest or {},
             environment or {},
             frozenset(controls),
