@@ -6,7 +6,7 @@ matplotlib is imported only where something is drawn; nothing here needs a displ
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -257,8 +257,7 @@ def _scaling_figure(scaling: Scaling, data: RunData) -> Figure:
     axes.set_ylabel(f"{scaling.kernel.replace('_', ' ')}: time per {unit}")
     values = sorted({x for line in scaling.lines for x in line.x})
     axes.set_xticks(values, [f"{x:g}" for x in values])
-    axes.minorticks_off()
-    _time_ticks(axes, "y")
+    _log_ticks(axes, "y", _seconds)
     _finish(axes, scaling.fixed)
     return figure
 
@@ -290,8 +289,7 @@ def _pareto_figure(pareto: Pareto, data: RunData) -> Figure:
     axes.set_xlabel("adaptation time per task" if pareto.cost == "adapt_time" else "training time")
     unit = wording.unit(pareto.measure)
     axes.set_ylabel(wording.name(pareto.measure) + (f" ({unit})" if unit else ""))
-    axes.minorticks_off()
-    _time_ticks(axes, "x")
+    _log_ticks(axes, "x", _seconds)
     _finish(axes, pareto.title)
     return figure
 
@@ -308,6 +306,7 @@ def _learning_figure(learning: Learning, data: RunData) -> Figure:
         axes.plot(x, y, color=colour, linestyle="", marker=marker, markersize=5)
     axes.set_xscale("log")
     axes.set_yscale("linear" if accuracies else "log")
+    _log_ticks(axes, "x", _thousands)
     axes.set_xlabel("training images seen" + (", markers: validation" if any(c.validation for c in shown) else ""))
     axes.set_ylabel("accuracy on training tasks (%)" if accuracies else "loss on training tasks")
     _finish(axes, f"{learning.title}: learning curves")
@@ -329,15 +328,26 @@ def _finish(axes: Axes, title: str) -> None:
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8.5)
 
 
-def _time_ticks(axes: Axes, which: str) -> None:
-    """Ticks at 1, 2, 5 of every power of ten (1 alone over many), written as times: 500 us, 20 ms."""
+def _log_ticks(axes: Axes, which: str, text: Callable[[float], str]) -> None:
+    """Ticks at 1, 2, 5 of every power of ten (1 alone over many), written as `text` says."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     axis = axes.yaxis if which == "y" else axes.xaxis
     low, high = axes.get_ylim() if which == "y" else axes.get_xlim()
     decades = np.log10(high / low)
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)))
-    axis.set_major_formatter(FuncFormatter(lambda seconds, _: wording.duration(seconds, 1)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+    axes.minorticks_off()
+
+
+def _seconds(value: float) -> str:
+    """500 us, 20 ms."""
+    return wording.duration(value, 1)
+
+
+def _thousands(value: float) -> str:
+    """500, 20k, 1M."""
+    return next((f"{value / unit:g}{name}" for unit, name in ((1e6, "M"), (1e3, "k")) if value >= unit), f"{value:g}")
 
 
 def _bars(intervals: Sequence[Interval]) -> Any:
