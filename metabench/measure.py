@@ -133,6 +133,8 @@ class _Cells:
         possible = []
         for cell in (one for one in self.job["cells"] if one["id"] in self.tests):
             reason = algorithm.unsupported(self.tests[cell["id"]].problem)
+            if reason is None and cell["stream"]:
+                reason = algorithm.unfollowed()
             if reason is None:
                 possible.append(cell)
                 continue

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from metabench.algorithms import centroid, matching, protonet, r2d2, untrained
-from metabench.algorithms.finetune import Finetuned
+from metabench.algorithms.finetune import LinearHead
 from metabench.backbones import Conv4
 from metabench.episodes import Batch, Episode, Problem
 from metabench.errors import ConfigError
@@ -32,7 +32,7 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
 every_method = pytest.mark.parametrize("method", list(METHODS))
 
 
-def make(method: str, **params: Any) -> Finetuned:
+def make(method: str, **params: Any) -> LinearHead:
     torch.manual_seed(0)
     module, own = METHODS[method]
     algorithm = module.build(PROBLEM, **own, **params).double().eval()
