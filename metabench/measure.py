@@ -160,6 +160,8 @@ class _Cells:
     def _validation(self) -> TaskDistribution:
         """Validation tasks in the shape of the training's (plain image batches: 5-way 1-shot), whatever is tested.
 
+        A training on streams follows validation streams, as long as its own (see `training`).
+
         Never more ways than there are validation classes.
         """
         spec = self.job["train"]
