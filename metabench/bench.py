@@ -115,18 +115,19 @@ class Bench:
         return COUNTS[aspect](thunk)
 
     def _subject(self, message: Message, params: Mapping[str, Any]) -> Subject:
-        dataset, call = self.shop.dataset(message), message["call"]
+        dataset, call, stream = self.shop.dataset(message), message["call"], message["stream"]
         train, test = (bind(dataset, subset, message, message, seed=message["seed"]) for subset in ("train", "test"))
         algorithm = build({**message, "params": params, "layout": call["layout"]}, self.shop, train.problem)
-        reason = algorithm.unsupported(test.problem)
+        reason = algorithm.unsupported(test.problem) or (algorithm.unfollowed() if stream else None)
         if reason is not None:
             raise Unsupported(reason)
-        return Subject(algorithm, train, test, tasks=call["tasks"], steps=call["steps"], compile=call["compile"])
+        how = {name: call[name] for name in ("tasks", "steps", "compile")}
+        return Subject(algorithm, train, test, stream=stream, **how)
 
     def _facts(self, subject: Subject, kernel: Kernel) -> dict[str, Any]:
         return {
             "backbone": backbone_name(subject.algorithm),
             "threads": torch.get_num_threads(),
             "images": kernel.images,
-            **subject.algorithm.facts(subject.episode().support),
+            **subject.algorithm.facts(subject.shown()),
         }

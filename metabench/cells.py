@@ -25,7 +25,7 @@ PRESENTATIONS = {f"accuracy_at_{k}": k for k in (1, 2, 5, 10)}
 QUALITY = ("accuracy", "mse", "mse_before", "val_accuracy", *PRESENTATIONS)
 KERNELS = {
     "adapt": "the inner loop: from support sets to adapted models (evaluation mode)",
-    "predict": "adapted models on their queries",
+    "predict": "adapted models on their queries, or following streams",
     "inner_step": "one step of the inner loop: the slope of adapt over step counts",
     "embed": "the embedding of images",
     "meta_step": "one training step, optimiser included",
@@ -34,6 +34,8 @@ KERNELS = {
 ASPECTS = ("time", "flops", "bytes", "memory", "nodes", "launches")
 KERNEL_MEASURES = tuple(f"{kernel}_{aspect}" for kernel in KERNELS for aspect in ASPECTS)
 MEASURES = (*QUALITY, "train_time", *KERNEL_MEASURES)
+OF_STREAMS = tuple(f"{kernel}_{aspect}" for kernel in ("predict", "meta_step", "episode") for aspect in ASPECTS)
+"""The costs that streams have: there is no support set to adapt to, and no inner step."""
 DEVICES = ("cpu", "cuda")
 PRECISIONS = ("float32", "bf16")
 ROTATIONS = ("none", "classes", "per_class", "train_only", "episode")
@@ -172,7 +174,7 @@ class Cell:
         """Return those of the `wanted` measures that make sense for this cell, in the same order."""
         unfit = {"mse", "mse_before"} if self.ways is not None else {"accuracy", "val_accuracy"}
         if self.stream and self.ways:  # some class comes k times in every stream, or k is left out
-            unfit |= {"accuracy", "val_accuracy", *KERNEL_MEASURES}
+            unfit |= {"accuracy", "val_accuracy", *KERNEL_MEASURES} - {*OF_STREAMS}
             unfit |= {name for name, k in PRESENTATIONS.items() if (k - 1) * self.ways >= self.stream}
         else:
             unfit |= {*PRESENTATIONS}

@@ -43,7 +43,10 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Subject:
-    """What kernels are made of: an algorithm, its tasks for training and for testing, and how it is called."""
+    """What kernels are made of: an algorithm, its tasks for training and for testing, and how it is called.
+
+    `stream` is the length of streams, where these are the tasks.
+    """
 
     algorithm: Algorithm
     train: TaskDistribution
@@ -51,10 +54,15 @@ class Subject:
     tasks: int
     steps: int | None
     compile: bool
+    stream: int | None = None
 
     def episode(self) -> Episode:
         """The test tasks that share a call."""
         return self.test.episodes(0, self.tasks)
+
+    def shown(self) -> Batch:
+        """What it learns those tasks from: support sets, or the streams themselves."""
+        return self.test.streams(0, self.tasks, self.stream) if self.stream else self.episode().support
 
 
 def make_kernel(name: str, subject: Subject) -> Kernel:
@@ -97,6 +105,8 @@ def _inner_step(subject: Subject) -> Kernel:
 
 def _predict(subject: Subject) -> Kernel:
     subject.algorithm.eval()
+    if subject.stream:
+        return _follow(subject)
     episode = subject.episode()
     with torch.no_grad():
         learner = subject.algorithm.adapt(episode.support, seeds=episode.seeds, steps=subject.steps)
@@ -106,6 +116,18 @@ def _predict(subject: Subject) -> Kernel:
             return learner(episode.query.x)
 
     return Kernel({0: thunk}, images=_images(episode.query))
+
+
+def _follow(subject: Subject) -> Kernel:
+    """A stream is learned while it is answered: the answers to all its steps are one call."""
+    algorithm = subject.algorithm
+    stream = subject.test.streams(0, subject.tasks, subject.stream or 0)
+
+    def thunk() -> object:
+        with torch.no_grad():
+            return algorithm.follow(stream)
+
+    return Kernel({0: thunk}, images=_images(stream))
 
 
 def _embed(subject: Subject) -> Kernel:
@@ -146,14 +168,20 @@ def _meta_step(subject: Subject) -> Kernel:
 
 def _batch(subject: Subject) -> Episode | Batch:
     """What one training step sees: whole tasks, or as many images of all classes."""
+    if subject.stream:
+        return subject.train.streams(0, subject.tasks, subject.stream)
     first = subject.train.episodes(0, subject.tasks)
     return subject.train.images(0, _images(first)) if subject.algorithm.feeds == "images" else first
 
 
 def _episode(subject: Subject) -> Kernel:
-    tasks, source = subject.tasks, subject.train
+    tasks, source, stream = subject.tasks, subject.train, subject.stream
     place = iter(range(0, 2**62, tasks))
-    return Kernel({0: lambda: source.episodes(next(place), tasks)}, images=_images(source.episodes(0, tasks)))
+
+    def drawn(start: int) -> Episode | Batch:
+        return source.streams(start, tasks, stream) if stream else source.episodes(start, tasks)
+
+    return Kernel({0: lambda: drawn(next(place))}, images=_images(drawn(0)))
 
 
 def _images(batch: Episode | Batch) -> int:

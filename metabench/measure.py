@@ -136,6 +136,8 @@ class _Cells:
         possible = []
         for cell in (one for one in self.job["cells"] if one["id"] in self.tests):
             reason = algorithm.unsupported(self.tests[cell["id"]].problem)
+            if reason is None and cell["stream"]:
+                reason = algorithm.unfollowed()
             if reason is None:
                 possible.append(cell)
                 continue
@@ -160,6 +162,8 @@ class _Cells:
 
     def _validation(self) -> TaskDistribution:
         """Validation tasks in the shape of the training's (plain image batches: 5-way 1-shot), whatever is tested.
+
+        A training on streams follows validation streams, as long as its own (see `training`).
 
         Never more ways than there are validation classes.
         """

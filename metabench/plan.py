@@ -270,6 +270,7 @@ def cost_message(row: Row) -> dict[str, Any]:
         "ways": cell.ways,
         "shots": cell.shots,
         "queries": cell.queries,
+        "stream": cell.stream,
         "call": asdict(cell.call),
         "kernel": row.kernel,
         "aspect": row.aspect,

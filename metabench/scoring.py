@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from metabench.algorithms.base import Learner
 from metabench.episodes import Batch, Stream, TaskDistribution
 
+NOT_ASKED = 2**16 - 1  # the label of a query that does not count: beyond any number of ways
 IMAGES_PER_CALL = 3000  # about this many inputs per call: fits the memory, fills the cores
 
 
@@ -27,7 +28,8 @@ class Stopped(Exception):
 class Credit:
     """What each query was answered, (E, m) uint16 arrays, and the classes (E, ways) behind the labels.
 
-    `ties` is 0 for a wrong answer, else the number of tied maxima among which the label was: it scores 1/ties.
+    `ties` is 0 for a wrong answer, else the number of tied maxima among which the label was: it scores 1/ties. What
+    does not count has the label NOT_ASKED.
     """
 
     predicted: np.ndarray
@@ -39,6 +41,11 @@ class Credit:
         """What each answer scores (E, m)."""
         found: np.ndarray = np.where(self.ties > 0, 1.0 / np.maximum(self.ties, 1), 0.0)
         return found
+
+    def only(self, asked: np.ndarray) -> Credit:
+        """The same, nothing but the queries `asked` (E, m) counting."""
+        labels = np.where(asked, self.labels, NOT_ASKED).astype(self.labels.dtype)
+        return replace(self, predicted=self.predicted * asked, ties=self.ties * asked, labels=labels)
 
     @classmethod
     def joined(cls, parts: list[Credit]) -> Credit:
@@ -118,18 +125,24 @@ def score_episodes(
 
 @dataclass(frozen=True)
 class Followed:
-    """Streams answered: the credit (E, L) of every step, its presentation (E, L), and the streams' hashes."""
+    """Streams answered: each step's credit, which presentation of its class it was (E, L), and the streams' hashes."""
 
-    credit: np.ndarray
+    credit: Credit
     presentations: np.ndarray
     ids: list[str]
     not_finite: int
 
     def at(self, k: int) -> Scores:
         """Each stream's accuracy at k-th presentations, over those of its classes that come k times (one at least)."""
-        these = self.presentations == k
-        scores = (self.credit * these).sum(1) / these.sum(1)
-        return Scores([float(v) for v in scores], self.ids, None, self.not_finite)
+        return self._over(self.presentations == k)
+
+    def everywhere(self) -> Scores:
+        """Each stream's accuracy over all its steps, first presentations included: what training learns."""
+        return self._over(np.ones_like(self.presentations, dtype=bool))
+
+    def _over(self, steps: np.ndarray) -> Scores:
+        scores = (self.credit.scores() * steps).sum(1) / steps.sum(1)
+        return Scores([float(v) for v in scores], self.ids, self.credit.only(steps), self.not_finite)
 
 
 def follow_streams(
@@ -146,7 +159,7 @@ def follow_streams(
         Stopped: `stopping()` became true.
     """
     at_once = max(1, IMAGES_PER_CALL // length)
-    parts: list[np.ndarray] = []
+    parts: list[Credit] = []
     presentations: list[np.ndarray] = []
     ids: list[str] = []
     not_finite = 0
@@ -157,10 +170,10 @@ def follow_streams(
         with torch.no_grad():
             logits = follow(stream)
         not_finite += int((~torch.isfinite(logits)).any(-1).sum())
-        parts.append(_credit(logits, stream, stream.classes).scores())
+        parts.append(_credit(logits, stream, stream.classes))
         presentations.append(stream.presentations().cpu().numpy())
         ids.extend(stream.ids)
-    return Followed(np.concatenate(parts), np.concatenate(presentations), ids, not_finite)
+    return Followed(Credit.joined(parts), np.concatenate(presentations), ids, not_finite)
 
 
 def _credit(logits: Tensor, query: Batch, classes: np.ndarray | None) -> Credit:

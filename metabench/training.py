@@ -17,7 +17,7 @@ from torch import Tensor
 from metabench.algorithms.base import Algorithm, Trainer
 from metabench.episodes import Batch, Episode, TaskDistribution
 from metabench.errors import Diverged, StoreError
-from metabench.scoring import Stopped, score_episodes
+from metabench.scoring import Scores, Stopped, follow_streams, score_episodes
 
 PROGRESS_SECONDS = 0.5
 CHECKPOINT_SECONDS = 20.0
@@ -154,11 +154,11 @@ def resolve_steps(plan: Plan) -> int:
 
 
 def _select(algorithm: Algorithm, plan: Plan, validation: TaskDistribution, progress: Progress) -> None:
-    """Keep the best state seen on validation episodes; the first of equals wins."""
+    """Keep the best state seen on validation tasks; the first of equals wins."""
     algorithm.eval()
     with torch.no_grad():
         algorithm.prepare(plan.source)
-    found = score_episodes(algorithm.adapt, validation, VALIDATION_EPISODES)
+    found = _validate(algorithm, plan, validation)
     algorithm.train()
     if found.not_finite:
         return
@@ -168,6 +168,13 @@ def _select(algorithm: Algorithm, plan: Plan, validation: TaskDistribution, prog
     if better > progress.best:
         progress.best, progress.best_step = better, progress.step
         progress.best_state = {k: v.detach().clone() for k, v in algorithm.state_dict().items()}
+
+
+def _validate(algorithm: Algorithm, plan: Plan, validation: TaskDistribution) -> Scores:
+    """Scores on what the training is on: episodes, or all the steps of streams as long as its own."""
+    if stream := plan.spec.get("stream"):
+        return follow_streams(algorithm.follow, validation, VALIDATION_EPISODES, stream).everywhere()
+    return score_episodes(algorithm.adapt, validation, VALIDATION_EPISODES)
 
 
 def _save(file: Path, algorithm: Algorithm, trainer: Trainer, progress: Progress) -> None:

@@ -353,6 +353,28 @@ def test_cached_features_give_the_same_answer(case: Case) -> None:
         assert close(cached, answer(algorithm, episode))
 
 
+@_over(case for case in DEFAULTS if PLUGINS[case.name].parameter("finetune_steps"))
+def test_fine_tuning_keeps_the_promises(case: Case) -> None:
+    """Two steps or none: of each task by itself, inductive, and leaving the algorithm as it was."""
+    episode, trained = episodes(case, 3, dtype=torch.float64), ready(case).state_dict()
+    algorithm, off = (fresh(case, finetune_steps=steps).eval() for steps in (2, 0))
+    algorithm.load_state_dict(trained)
+    off.load_state_dict(trained)
+    algorithm, off = algorithm.double(), off.double()
+    assert algorithm.inner_loop and not off.inner_loop
+    unchanged, together = frozen(algorithm), answer(algorithm, episode)
+    assert torch.equal(answer(algorithm, episode), together) and unchanged()
+    assert not torch.equal(answer(off, episode), together)
+    with torch.no_grad():
+        learner = algorithm.adapt(episode.support, seeds=episode.seeds)
+        alone = torch.cat([learner(episode.query.x[:, q : q + 1]) for q in range(episode.query.x.shape[1])], dim=1)
+        assert not alone.requires_grad and close(alone, together, 1e-11)
+        for t in range(3):
+            one = slice(t, t + 1)
+            task = Episode(episode.support.pick(one), episode.query.pick(one), episode.seeds[one])
+            assert close(answer(algorithm, task), together[one], 1e-11)
+
+
 FOLLOWERS = [case for case in DEFAULTS if "stream" in PLUGINS[case.name].meta["problems"]]
 
 

@@ -123,6 +123,28 @@ def test_the_environment_keeps_roofs_controls_and_what_disturbed(timed):
     assert any("roofs" in facts for facts in Run.open(timed.run).environments().values())
 
 
+def test_streams_cost_what_following_them_takes(tmp_path):
+    """From the first image to the last, and a training step on them; each length has a table of its own."""
+    algorithms = ["{name: lstm-baseline, params: {units: 4, finetune_steps: [0, 1]}}"]
+    wanted = ["adapt_time", "predict_time", "meta_step_time", "episode_time", "predict_flops", "inner_step_flops"]
+    both = "stream: 6}\n    - {dataset: dots, ways: 3, stream: 9"
+    suite = cost_suite(tmp_path, "streams", algorithms, wanted, calls="{tasks: 2}", tasks=both)
+    done = metabench("run", suite, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "out" / "streams" / "latest"
+    rows = results(run)
+    tuned = [row for row in rows.values() if "finetune_steps=1" in row["cell"]]
+    plain = {(int(row["stream"]), row["measure"]): row for row in rows.values() if row not in tuned}
+    assert len(tuned) == 8 and all("no support set to fine-tune on" in row["reason"] for row in tuned)
+    assert {measure for _, measure in plain} == {"predict_time", "meta_step_time", "episode_time", "predict_flops"}
+    for (length, measure), row in plain.items():
+        assert row["status"] == "ok" and float(row["value"]) > 0
+        if measure == "predict_flops":  # two streams: the gates by image, label and state, and the output
+            assert float(row["value"]) == 2 * length * 2 * ((144 + 3) * 16 + 4 * 16 + 4 * 3)
+    said = metabench("report", run).stdout
+    assert "3-way streams of 6" in said and "3-way streams of 9" in said
+
+
 def test_a_finished_suite_has_nothing_to_do(timed):
     again = metabench("run", timed.suite, "--out", timed.folder / "out")
     assert again.returncode == 0 and "process 1" not in again.stderr

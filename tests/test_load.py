@@ -53,6 +53,24 @@ def test_a_failure_never_hides_an_earlier_result(tmp_path):
     assert load([bad, good]).rows["status"].tolist() == ["ok"]
 
 
+def test_the_steps_of_a_stream_that_are_not_asked_about_do_not_count(tmp_path, monkeypatch):
+    """Two streams: all of three classes are asked about, right but for one; of the other one alone, wrong."""
+
+    def answered(run, episodes):
+        labels = np.array([[0, 1, 2, 0, 1], [1, 1, 2, 0, 0]], dtype=np.uint16)
+        ties = np.array([[1, 1, 0, 1, 1], [1, 0, 1, 1, 1]], dtype=np.uint16)
+        classes = np.array([[5, 6, 7], [5, 6, 8]], dtype=np.int32)
+        asked = np.array([[1, 1, 1, 0, 0], [0, 1, 0, 0, 0]], dtype=bool)
+        return Credit(labels, ties, labels, classes).only(asked).save(run.path / "predictions", "p")
+
+    monkeypatch.setattr("test_load.credit", answered)
+    by_class = load([made(tmp_path, [2 / 3, 0.0])]).by_class.set_index("class")
+    # 4 queries, 2 a stream: those of the first weigh 2/3 each, that of the second 2, so that streams count alike
+    assert by_class["queries"].to_dict() == pytest.approx({5: 2 / 3, 6: 2 / 3 + 2, 7: 2 / 3})
+    assert by_class["credit"].to_dict() == pytest.approx({5: 2 / 3, 6: 2 / 3, 7: 0.0})
+    assert by_class["credit"].sum() / by_class["queries"].sum() == pytest.approx((2 / 3 + 0) / 2)
+
+
 def test_parameters_of_the_data_set_make_tables_of_their_own(tmp_path):
     small = made(tmp_path, [0.9] * 10)
     large = made(tmp_path, [0.5] * 10, cell="protonet/glyphs[alphabets,size=105]/5w1s15q/running/cpu-float32/seed0")

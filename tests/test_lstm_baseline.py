@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metabench.algorithms.lstm_baseline import METABENCH, LSTMBaseline, build
@@ -39,17 +41,30 @@ def test_answers_are_those_of_torchs_lstm(shots: int) -> None:
     support = Batch(torch.rand(2, 3 * shots, 1, 4, 4, generator=g, dtype=torch.float64), y, 3)
     x, seeds = torch.rand(2, 4, 1, 4, 4, generator=g, dtype=torch.float64), torch.tensor([5, 6])
     output = algorithm.adapt(support, seeds=seeds)(x)
+    tuned = make(finetune_steps=3, finetune_lr=0.5).eval().adapt(support, seeds=seeds)(x)
     lstm = in_torch(algorithm)
     for t in range(2):
         draw = torch.rand(3 * shots, generator=torch.Generator().manual_seed(int(seeds[t])), dtype=torch.float64)
         order = draw.argsort()
         labels = F.one_hot(y[t][order], 3).double()
-        for q in range(4):
-            images = torch.cat([support.x[t][order], x[t, q : q + 1]]).flatten(1)
+
+        def hidden(image: Tensor, t: int = t, order: Tensor = order, labels: Tensor = labels) -> Tensor:
+            images = torch.cat([support.x[t][order], image[None]]).flatten(1)
             images = images / images.amax(1, keepdim=True)
             shown = torch.cat([images, torch.cat([torch.zeros(1, 3).double(), labels])], dim=1)
-            hidden = lstm(shown[None])[0][0, -1]
-            assert torch.allclose(output[t, q], algorithm.output(hidden), rtol=1e-10, atol=1e-12)
+            last: Tensor = lstm(shown[None])[0][0, -1]
+            return last.detach()
+
+        head = copy.deepcopy(algorithm.output)  # fine-tuned on the support set, shown once more
+        descent = torch.optim.SGD(head.parameters(), lr=0.5)
+        for _ in range(3):
+            descent.zero_grad()
+            F.cross_entropy(head(torch.stack([hidden(image) for image in support.x[t]])), y[t]).backward()
+            descent.step()
+        for q in range(4):
+            assert torch.allclose(output[t, q], algorithm.output(hidden(x[t, q])), rtol=1e-10, atol=1e-12)
+            assert torch.allclose(tuned[t, q], head(hidden(x[t, q])), rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(tuned, output, atol=1e-3)
 
 
 def test_defaults_are_the_reference_implementations() -> None:

@@ -112,20 +112,22 @@ class Slow:
 
 def slow(algorithm: Mann, one: Episode) -> Tensor:
     """Every query by itself, after the whole support set shown again."""
-    tasks = []
-    for t in range(one.support.tasks):
-        draw = torch.rand(
-            one.support.x.shape[1], generator=torch.Generator().manual_seed(int(one.seeds[t])), dtype=torch.float64
-        )
-        rows = []
-        for x in one.query.x[t]:
-            network, label = Slow(algorithm), None
-            for i in draw.argsort().tolist():
-                network.show(one.support.x[t, i], label)
-                label = int(one.support.y[t, i])
-            rows.append(network.show(x, label))
-        tasks.append(torch.stack(rows))
-    return torch.stack(tasks)
+    weight, bias = algorithm.output.weight, algorithm.output.bias
+    tasks = [[weight @ exposed(algorithm, one, t, x) + bias for x in one.query.x[t]] for t in range(one.support.tasks)]
+    return torch.stack([torch.stack(rows) for rows in tasks])
+
+
+def exposed(algorithm: Mann, one: Episode, t: int, x: Tensor) -> Tensor:
+    """What the output layer is given of image x, shown after the support set of task t in its seed's order."""
+    draw = torch.rand(
+        one.support.x.shape[1], generator=torch.Generator().manual_seed(int(one.seeds[t])), dtype=torch.float64
+    )
+    network, label = Slow(algorithm), None
+    for i in draw.argsort().tolist():
+        network.show(one.support.x[t, i], label)
+        label = int(one.support.y[t, i])
+    network.show(x, label)
+    return torch.cat([network.h, *network.r])
 
 
 @settings(max_examples=10, deadline=None)
@@ -143,6 +145,25 @@ def test_answers_are_the_equations(seed: int, shots: int, written: str, write_to
     expected = slow(algorithm, one)
     assert torch.allclose(answer(algorithm, one), expected, rtol=1e-10, atol=1e-11)
     assert expected.std() > 1e-3
+
+
+@pytest.mark.parametrize("shots", [1, 2])
+def test_fine_tuning_moves_an_output_layer_of_the_tasks_own(shots: int) -> None:
+    """On the support examples, each shown once more after all of them: the memory stays what it is."""
+    algorithm, one = make(finetune_steps=4, finetune_lr=0.2), episode(3, shots=shots)
+    output = answer(algorithm, one)
+    for t in range(2):
+        seen = torch.stack([exposed(algorithm, one, t, x) for x in one.support.x[t]]).detach()
+        weight, bias = algorithm.output.weight.detach(), algorithm.output.bias.detach()
+        for _ in range(4):
+            weight.requires_grad_()
+            bias.requires_grad_()
+            loss = F.cross_entropy(seen @ weight.T + bias, one.support.y[t])
+            dw, db = torch.autograd.grad(loss, [weight, bias])
+            weight, bias = (weight - 0.2 * dw).detach(), (bias - 0.2 * db).detach()
+        expected = torch.stack([weight @ exposed(algorithm, one, t, x) + bias for x in one.query.x[t]])
+        assert torch.allclose(output[t], expected, rtol=1e-10, atol=1e-11)
+    assert not torch.allclose(output, answer(make(), one), atol=1e-3)
 
 
 def test_gradients_are_those_of_the_loops() -> None:

@@ -103,8 +103,16 @@ def plain_mlp(params: Weights, gradient: Tensor) -> Tensor:
     return (h @ params["out.weight"].T + params["out.bias"]).reshape(gradient.shape)
 
 
-def plain_logits(model: MetaNet, params: Weights, data: Episode, *, augment: str, task_weights: bool) -> Tensor:
-    """Algorithm 1 of the paper, one thing after the other."""
+def plain_logits(
+    model: MetaNet,
+    params: Weights,
+    data: Episode,
+    *,
+    augment: str,
+    task_weights: bool,
+    outputs: list[Tensor] | None = None,
+) -> Tensor:
+    """Algorithm 1 of the paper, one thing after the other; `outputs`: slow output layers of the tasks' own."""
 
     def part(prefix: str) -> Weights:
         return {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
@@ -133,7 +141,8 @@ def plain_logits(model: MetaNet, params: Weights, data: Episode, *, augment: str
             r = plain_network(query[None], key, task, key=True)[0]
             attention = torch.stack([F.cosine_similarity(r, one, dim=0) for one in keys]).softmax(0)
             fast = {name: sum(a * one[name] for a, one in zip(attention, memory, strict=True)) for name in names}
-            answers.append(plain_network(query[None], base, fast)[0])
+            own = base if outputs is None else {**base, "output": outputs[t]}
+            answers.append(plain_network(query[None], own, fast)[0])
     return torch.stack(answers).unflatten(0, (data.support.tasks, -1))
 
 
@@ -179,6 +188,28 @@ def test_answers_and_gradients_are_those_of_the_loops(
             continue
         assert parameter.grad is not None and expected.norm() > 1e-4  # not a comparison of zeros
         assert relative_error(parameter.grad, expected) < 1e-10, name
+
+
+@pytest.mark.parametrize("augment", ["all", "last"])
+def test_fine_tuning_moves_the_slow_output_layer_of_each_task(augment: Literal["all", "last"]) -> None:
+    """On the support set as queries; memory, keys and fast weights stay those of the untouched network."""
+    model, data = small(augment=augment, finetune_steps=3, finetune_lr=0.1).eval(), episode(shots=2)
+    with torch.no_grad():
+        got = model.adapt(data.support, seeds=data.seeds)(data.query.x)
+    params = {name: value.detach() for name, value in model.named_parameters()}
+    how: dict[str, Any] = {"augment": augment, "task_weights": True}
+    asked = Episode(data.support, data.support, data.seeds)
+    outputs = [params["base.output"].clone() for _ in range(2)]
+    for _ in range(3):
+        leaves = [value.detach().requires_grad_() for value in outputs]
+        logits = plain_logits(model, params, asked, outputs=leaves, **how)
+        loss = sum(F.cross_entropy(*task) for task in zip(logits, data.support.y, strict=True))
+        assert isinstance(loss, Tensor)
+        gradients = torch.autograd.grad(loss, leaves)
+        outputs = [value - 0.1 * g for value, g in zip(leaves, gradients, strict=True)]
+    wanted = plain_logits(model, params, data, outputs=outputs, **how).detach()
+    assert relative_error(got, wanted) < 1e-10
+    assert relative_error(got, plain_logits(model, params, data, **how)) > 1e-2
 
 
 def test_the_loss_gradients_are_constants() -> None:

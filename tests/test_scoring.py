@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from metabench import scoring
 from metabench.episodes import Batch, Episode, Stream
-from metabench.scoring import Credit, Stopped, follow_streams, score_episodes
+from metabench.scoring import NOT_ASKED, Credit, Stopped, follow_streams, score_episodes
 
 NAN, INF = float("nan"), float("inf")
 
@@ -148,6 +148,13 @@ def test_accuracy_by_presentation(monkeypatch):
         assert found.at(2).scores == [0.5, 0.0]
         assert found.at(3).scores == [1.0, 1.0]
         assert found.ids == found.at(1).ids == ["s0", "s1"] and found.at(1).episodes_hash == found.at(2).episodes_hash
+        assert found.everywhere().scores == pytest.approx([3 / 5, 3.5 / 5])
+        second = found.at(2).credit
+        asked = second.labels != NOT_ASKED
+        assert asked.tolist() == [[False, True, False, False, True], [False, True, False, False, False]]
+        assert (second.scores() * asked).sum(1).tolist() == [1.0, 0.0] and not second.ties[~asked].any()
+        assert second.labels[asked].tolist() == [0, 1, 1] and second.predicted[asked].tolist() == [0, 0, 0]
+        assert found.everywhere().credit.labels.tolist() == y
     logits[0, 0, 0] = NAN
     assert follow_streams(lambda stream: stream.x, Streams(logits, y), 2, 5).at(2).not_finite == 1
     with pytest.raises(Stopped):

@@ -761,7 +761,7 @@ grid:
   tasks: [{dataset: dots, ways: 5, stream: 50}]
   algorithms: [recall, proto]
 train: {steps: 10}
-measures: [accuracy_at_1, accuracy_at_2, accuracy_at_10, accuracy, mse, adapt_time, train_time]
+measures: [accuracy_at_1, accuracy_at_2, accuracy_at_10, accuracy, mse, adapt_time, train_time, predict_time]
 """
 
 
@@ -770,7 +770,7 @@ def test_a_stream_is_a_task_for_those_who_follow_streams(tmp_path: Path) -> None
     text = "recall[train=5w50tx16*10]/dots[big]/5w50t/none/cpu-float32/seed0"
     assert [cell.id for cell in found] == [text, "proto/dots[big]/5w50t/running/cpu-float32/seed0"]
     recall, proto = found
-    assert found[recall] == ("accuracy_at_1", "accuracy_at_2", "accuracy_at_10", "train_time")
+    assert found[recall] == ("accuracy_at_1", "accuracy_at_2", "accuracy_at_10", "train_time", "predict_time")
     assert (recall.problem, recall.shots, recall.queries, recall.stream) == ("stream", 0, 0, 50)
     assert recall.train is not None and recall.train.images_per_step == 16 * 50
     known = load(tmp_path, STREAM).catalogue
@@ -787,7 +787,7 @@ def test_presentations_that_some_stream_may_lack_are_left_out(tmp_path: Path) ->
 
 def test_episodes_have_no_presentations(tmp_path: Path) -> None:
     first, *_ = load(tmp_path, STREAM.replace("stream: 50", "shots: 1, queries: 5")).points.values()
-    assert first == ("accuracy", "adapt_time", "train_time")
+    assert first == ("accuracy", "adapt_time", "train_time", "predict_time")
 
 
 @pytest.mark.parametrize(

@@ -257,6 +257,26 @@ def test_the_learning_curve_is_the_same_after_stops(tmp_path, monkeypatch, stops
     assert [point["loss"] for point in learned] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_training_on_streams_is_selected_on_streams(tmp_path):
+    """As long as its own, by the accuracy over all steps; support sets are never shown."""
+    seen = []
+
+    class Follower(Peak):
+        def follow(self, stream):
+            seen.append((self.training, tuple(stream.x.shape[:2])))
+            right = torch.nn.functional.one_hot(stream.y, stream.ways).float()
+            return right * (5 - (self.step - 5).abs() - stream.presentations()[..., None] + 1e-3)
+
+        def adapt(self, support, *, seeds, steps=None):
+            raise AssertionError("no episodes here")
+
+    spec = {"ways": 3, "stream": 7, "tasks": 2, "steps": 10}
+    algorithm = fresh(Follower)
+    facts = train(algorithm, plan(tmp_path, spec=spec, validation=tasks("val")))
+    assert facts["selected_step"] == 5 and float(algorithm.step.detach()) == 5
+    assert set(seen) == {(False, (200, 7))} and len(seen) == 10
+
+
 def test_parameters_that_are_not_finite_are_told(tmp_path):
     with pytest.raises(Diverged, match="10 training steps"):
         train(fresh(lambda problem: Noisy(problem, lr=math.inf)), plan(tmp_path))

@@ -71,6 +71,10 @@ class Algorithm(nn.Module, ABC):
         """
         raise TypeError(f"{type(self).__name__} does not follow streams")
 
+    def unfollowed(self) -> str | None:
+        """Why test tasks that are streams are refused with these parameters, or None."""
+        return None
+
     def trainer(self, total_steps: int) -> Trainer:
         """The optimiser of a training of `total_steps` steps: Adam on `loss` by default."""
         del total_steps

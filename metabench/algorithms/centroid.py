@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metabench.algorithms.base import Learner, Schedule
 from metabench.algorithms.classification import Classifier
-from metabench.algorithms.finetune import Distance, Finetune, Finetuned, nearest
+from metabench.algorithms.finetune import Distance, Finetune, LinearHead, nearest
 from metabench.algorithms.metric import cosine, negative_sqeuclidean, prototypes, unit
 from metabench.backbones import Backbone, make_backbone
 from metabench.episodes import Batch, Problem, TaskDistribution
@@ -31,7 +31,7 @@ CHUNK = 256  # images embedded at once
 Transform = Literal["none", "l2", "cl2"]
 
 
-class Centroid(Finetuned, Classifier):
+class Centroid(LinearHead, Classifier):
     """SimpleShot (Wang et al. 2019): no fitting at test time; features are centred and scaled to length 1 (`cl2`).
 
     The centre is the mean feature of the training images, taken once by `prepare`.
@@ -70,11 +70,11 @@ class Centroid(Finetuned, Classifier):
         return lambda x: score(self._transformed(x), centres)
 
     def linear(self, support: Batch) -> tuple[Tensor, Tensor]:
-        """See `Finetuned.linear`."""
+        """See `LinearHead.linear`."""
         return nearest(self._centres(support), self.distance)
 
     def see(self, x: Tensor) -> Tensor:
-        """See `Finetuned.see`."""
+        """See `LinearHead.see`."""
         transformed = self._transformed(x)
         return unit(transformed) if self.distance == "cosine" else transformed
 

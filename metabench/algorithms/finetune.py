@@ -1,10 +1,16 @@
-"""Fine-tuning at test time: after a metric method has adapted, a few gradient steps on the support set.
+"""Fine-tuning at test time: once a method has adapted, a few gradient steps on the support set.
 
-The method's decision is written as a linear head on its features (the nearest of squared Euclidean prototypes c is
-W = 2c, b = -|c|^2, but for what all classes share), so that without steps the head answers as the method does. Then
-full-batch gradient descent on the mean cross-entropy of the support set moves the head, or with the scope `all` the
-backbone as well. Training never fine-tunes. In grad mode the result is differentiable to the first order: the descent
-counts as a constant shift.
+What is tuned is the decision: the parameters, here the head, that turn features into answers. A method may write its
+decision as a linear head on its features (the nearest of squared Euclidean prototypes c is W = 2c, b = -|c|^2, but for
+what all classes share), or bring parameters that were learned for it (the weights of a siamese pair, a relation
+module, the output layer of MANN or of a meta network). Without steps the head answers as the method does. Then
+full-batch gradient descent lowers the loss of the adapted method's answers on its own support set, each support
+example asked about like a query: the mean cross-entropy, but for `relation`, which goes on with the loss it was trained
+with. It moves the head, or with the scope `all` the backbone as well. Training never fine-tunes. In grad mode the
+result is differentiable to the first order: the descent counts as a constant shift.
+
+Vinyals et al. 2016 have rows of fine-tuned methods in their tables; of how they tune we know no details but that it is
+on the support set. So this is the plainest form of it, the same for all methods.
 """
 
 from __future__ import annotations
@@ -12,13 +18,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from metabench.algorithms.base import Learner
+from metabench.algorithms.base import Algorithm, Learner
 from metabench.algorithms.metric import Embedding, unit
 from metabench.backbones import Backbone, Stats
 from metabench.episodes import Batch
@@ -49,11 +55,8 @@ class Finetune:
             raise ConfigError(f"finetune_lr must be above 0, not {self.lr}: finetune_steps=0 switches fine-tuning off")
 
 
-class Finetuned(Embedding):
-    """An `Embedding` with a decision of its own, which it can also write as a linear head and fine-tune.
-
-    With `W, b = linear(support)` the logits `read(see(x) W' + b, support)` give the probabilities of `decide(support)`.
-    """
+class FineTuning(Algorithm):
+    """An algorithm that, in evaluation and if asked to, takes gradient steps on the support set once it has adapted."""
 
     finetune = Finetune()
 
@@ -61,13 +64,129 @@ class Finetuned(Embedding):
         """Fine-tune in evaluation as said."""
         self.finetune, self.inner_loop = finetune, finetune.steps > 0
 
+    def tuning_steps(self, steps: int | None) -> int:
+        """How many steps to take now; `steps` stands for `finetune_steps` where that is above 0."""
+        if self.training or self.finetune.steps == 0:
+            return 0
+        return self.finetune.steps if steps is None else steps
+
+    def tuned(self, support: Batch, head: Params, answer: Callable[[Params], Tensor], steps: int) -> Params:
+        """The parameters `head` (T, ...) after so many steps; `answer` gives their logits (T, n, ways) on `support`."""
+        together = Execution("grouped", support.tasks)
+        return descend(together, lambda p: self.support_loss(answer(p), support), head, self.finetune, steps)
+
+    def support_loss(self, logits: Tensor, support: Batch) -> Tensor:
+        """The losses of T support sets, summed: the mean cross-entropy of each."""
+        return F.cross_entropy(logits.flatten(0, 1), support.y.flatten(), reduction="sum") / logits.shape[1]
+
+
+class Finetuned(FineTuning, Embedding):
+    """An `Embedding` whose decision on features has parameters, its head: `under(first(s), s)` decides as `decide(s)`.
+
+    Attributes:
+        compares: whether `under` looks at the support set's features, not at its labels alone.
+    """
+
+    compares: ClassVar[bool] = True
+
     @abstractmethod
     def decide(self, support: Batch) -> Learner:
         """The method's own decision on features: support.x (T, n, d)."""
 
     @abstractmethod
+    def first(self, support: Batch) -> Params:
+        """The head's parameters (T, ...) before the first step."""
+
+    @abstractmethod
+    def under(self, head: Params, support: Batch) -> Learner:
+        """The decision on features by such parameters, equal in its probabilities."""
+
+    def breadth(self, support: Batch) -> int:
+        """The largest number of activations of the decision, for one support example."""
+        del support
+        return self.backbone.out_dim
+
+    @property
+    def cacheable(self) -> bool:
+        """See `FeatureMethod.cacheable`: not if a task moves the backbone."""
+        return super().cacheable and not (self.finetune.scope == "all" and self.tuning_steps(None) > 0)
+
+    def adapt_features(self, support: Batch, *, seeds: Tensor, steps: int | None = None) -> Learner:
+        """See `FeatureMethod.adapt_features`; `steps` stands for `finetune_steps` where that is above 0."""
+        del seeds
+        count = self.tuning_steps(steps)
+        if count == 0:
+            return self.decide(support)
+        return self.under(self.tuned_head(support, self.first(support), count), support)
+
+    def adapt(self, support: Batch, *, seeds: Tensor, steps: int | None = None) -> Learner:
+        """See `Algorithm.adapt`; `steps` stands for `finetune_steps` where that is above 0."""
+        count = self.tuning_steps(steps)
+        if count == 0 or self.finetune.scope == "head":
+            return super().adapt(support, seeds=seeds, steps=steps)
+        return self._tune_all(support, count)
+
+    def tuned_head(self, support: Batch, head: Params, steps: int) -> Params:
+        """The head after so many steps on features that stay: support.x (T, n, d)."""
+        execution = choose("grouped", support.x, widest=self.breadth(support), stride=1)
+
+        def learn(x: Tensor, y: Tensor, head: Params) -> Params:
+            part = Batch(x, y, support.ways)
+            return self.tuned(part, head, lambda p: self.under(p, part)(x), steps)
+
+        moved: Params = execution.chunks(learn, support.x.detach(), support.y, head)
+        return moved
+
+    def _tune_all(self, support: Batch, steps: int) -> Learner:
+        """Steps of the head and the backbone on images: support.x (T, n, *shape)."""
+        body = self.backbone
+        widest = max(body.widest, self.breadth(support))
+        execution = choose("auto", support.x, widest=widest, stride=body.stride)
+
+        def learn(x: Tensor, y: Tensor) -> tuple[Params, Tensor, Stats]:
+            part = Batch(x, y, support.ways)
+            start = {BODY + name: p for name, p in per_task(dict(body.named_parameters()), len(x)).items()}
+
+            def output(params: Params) -> Tensor:
+                features = _features(body, params, x)
+                return self.under(_head(params), replace(part, x=features))(features)
+
+            features = execution.map(lambda p, x: _features(body, p, x), start, x)
+            start |= self.first(replace(part, x=features))
+            fast = descend(execution, lambda p: self.support_loss(output(p), part), start, self.finetune, steps)
+            return fast, *execution.map(self._settle, fast, x)
+
+        fast, features, stats = execution.chunks(learn, support.x, support.y)
+
+        def answer(p: Params, stats: Stats, x: Tensor, shown: Tensor, features: Tensor, y: Tensor) -> Tensor:
+            queries = _query_features(body, p, stats, x, shown)
+            return self.under(_head(p), Batch(features, y, support.ways))(queries)
+
+        def predict(x: Tensor) -> Tensor:
+            work = choose("auto", x, widest=widest, stride=body.stride)
+            answers: Tensor = work.map(answer, fast, stats, x, support.x, features, support.y)
+            return answers
+
+        return predict
+
+    def _settle(self, params: Params, x: Tensor) -> tuple[Tensor, Stats]:
+        """Of support images the features, if they are compared with, and the statistics, if queries need them."""
+        if self.backbone.norm in ("support", "tasknorm"):
+            return self.backbone.apply_to(_body(params), x)
+        return _features(self.backbone, params, x) if self.compares else x, ()
+
+
+class LinearHead(Finetuned):
+    """A `Finetuned` method whose head is linear.
+
+    With `W, b = linear(support)` the logits `read(see(x) W' + b, support)` give the probabilities of `decide(support)`.
+    """
+
+    compares = False
+
+    @abstractmethod
     def linear(self, support: Batch) -> tuple[Tensor, Tensor]:
-        """The same as a linear head of k outputs: weights (T, k, d) and biases (T, k)."""
+        """The decision as a linear head of k outputs: weights (T, k, d) and biases (T, k)."""
 
     def see(self, x: Tensor) -> Tensor:
         """What the linear head is given of features x (T, m, d)."""
@@ -78,73 +197,13 @@ class Finetuned(Embedding):
         del support
         return scores
 
-    @property
-    def cacheable(self) -> bool:
-        """See `FeatureMethod.cacheable`: not if a task moves the backbone."""
-        return super().cacheable and not (self.finetune.scope == "all" and self._count(None) > 0)
+    def first(self, support: Batch) -> Params:
+        """See `Finetuned.first`."""
+        return dict(zip(("weight", "bias"), self.linear(support), strict=True))
 
-    def adapt_features(self, support: Batch, *, seeds: Tensor, steps: int | None = None) -> Learner:
-        """See `FeatureMethod.adapt_features`; `steps` stands for `finetune_steps` where that is above 0."""
-        del seeds
-        count = self._count(steps)
-        return self.decide(support) if count == 0 else self._tune_head(support, self.linear(support), count)
-
-    def adapt(self, support: Batch, *, seeds: Tensor, steps: int | None = None) -> Learner:
-        """See `Algorithm.adapt`; `steps` stands for `finetune_steps` where that is above 0."""
-        count = self._count(steps)
-        if count == 0 or self.finetune.scope == "head":
-            return super().adapt(support, seeds=seeds, steps=steps)
-        return self._tune_all(support, count)
-
-    def _count(self, steps: int | None) -> int:
-        if self.training or self.finetune.steps == 0:
-            return 0
-        return self.finetune.steps if steps is None else steps
-
-    def _tune_head(self, support: Batch, start: tuple[Tensor, Tensor], steps: int) -> Learner:
-        """Steps of a head on features that stay: support.x (T, n, d)."""
-        head = self.tuned(support, start, steps)
-        return lambda x: self.read(_scores(head, self.see(x)), support)
-
-    def tuned(self, support: Batch, start: tuple[Tensor, Tensor], steps: int) -> Params:
-        """The head (`weight`, `bias`) after so many steps from `start` on support.x (T, n, d)."""
-        seen = self.see(support.x).detach()
-
-        def loss(head: Params) -> Tensor:
-            return support_loss(self.read(_scores(head, seen), support), support)
-
-        together = Execution("grouped", support.tasks)
-        return descend(together, loss, dict(zip(("weight", "bias"), start, strict=True)), self.finetune, steps)
-
-    def _tune_all(self, support: Batch, steps: int) -> Learner:
-        """Steps of the head and the backbone on images: support.x (T, n, *shape)."""
-        body = self.backbone
-        execution = choose("auto", support.x, widest=body.widest, stride=body.stride)
-
-        def learn(x: Tensor, y: Tensor) -> tuple[Params, Stats]:
-            part = Batch(x, y, support.ways)
-            start = {BODY + name: p for name, p in per_task(dict(body.named_parameters()), len(x)).items()}
-
-            def output(params: Params) -> Tensor:
-                return self.read(_scores(params, self.see(_features(body, params, x))), part)
-
-            features = execution.map(lambda p, x: _features(body, p, x), start, x)
-            start["weight"], start["bias"] = self.linear(replace(part, x=features))
-            fast = descend(execution, lambda p: support_loss(output(p), part), start, self.finetune, steps)
-            return fast, execution.map(lambda p, x: _stats(body, p, x), fast, x)
-
-        fast, stats = execution.chunks(learn, support.x, support.y)
-
-        def answer(params: Params, stats: Stats, x: Tensor, shown: Tensor, y: Tensor) -> Tensor:
-            features = _query_features(body, params, stats, x, shown)
-            return self.read(_scores(params, self.see(features)), Batch(shown, y, support.ways))
-
-        def predict(x: Tensor) -> Tensor:
-            work = choose("auto", x, widest=body.widest, stride=body.stride)
-            answers: Tensor = work.map(answer, fast, stats, x, support.x, support.y)
-            return answers
-
-        return predict
+    def under(self, head: Params, support: Batch) -> Learner:
+        """See `Finetuned.under`."""
+        return lambda x: self.read(linear_scores(head, self.see(x)), support)
 
 
 def descend(
@@ -158,11 +217,6 @@ def descend(
     return {name: value + (moved[name] - value).detach() for name, value in start.items()}
 
 
-def support_loss(logits: Tensor, support: Batch) -> Tensor:
-    """The mean cross-entropies of T support sets, summed."""
-    return F.cross_entropy(logits.flatten(0, 1), support.y.flatten(), reduction="sum") / logits.shape[1]
-
-
 def nearest(centres: Tensor, distance: Distance) -> tuple[Tensor, Tensor]:
     """The nearest of the points `centres` (T, k, d) as a linear head; for the cosine, of unit features."""
     if distance == "cosine":
@@ -170,7 +224,8 @@ def nearest(centres: Tensor, distance: Distance) -> tuple[Tensor, Tensor]:
     return 2 * centres, -centres.square().sum(-1)
 
 
-def _scores(head: Params, x: Tensor) -> Tensor:
+def linear_scores(head: Params, x: Tensor) -> Tensor:
+    """x (T, m, d) through the linear layers `head` (`weight` (T, k, d), `bias` (T, k)): (T, m, k)."""
     return x @ head["weight"].mT + head["bias"][:, None]
 
 
@@ -178,16 +233,15 @@ def _body(params: Params) -> Params:
     return {name.removeprefix(BODY): value for name, value in params.items() if name.startswith(BODY)}
 
 
+def _head(params: Params) -> Params:
+    return {name: value for name, value in params.items() if not name.startswith(BODY)}
+
+
 def _features(body: Backbone, params: Params, x: Tensor) -> Tensor:
     """Features (T, n, d) of support images under a task's own parameters."""
     averages = body.averages(len(x))
     own = _body(params)
     return body.features(own, x) if averages is None else body.apply_to(own, x, averages)[0]
-
-
-def _stats(body: Backbone, params: Params, x: Tensor) -> Stats:
-    """The statistics of support images, if queries are normalised with them."""
-    return body.apply_to(_body(params), x)[1] if body.norm in ("support", "tasknorm") else ()
 
 
 def _query_features(body: Backbone, params: Params, stats: Stats, x: Tensor, support: Tensor) -> Tensor:

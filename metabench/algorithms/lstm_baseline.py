@@ -12,6 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from metabench.algorithms.finetune import Finetune
 from metabench.algorithms.sequence import SequenceLearner, State
 from metabench.episodes import Problem
 
@@ -55,11 +56,13 @@ def build(
     forget_bias: float = 1.0,
     lr: float = 1e-3,
     schedule: Literal["constant", "cosine", "halving"] = "constant",
+    finetune_steps: int = 0,
+    finetune_lr: float = 0.01,
 ) -> LSTMBaseline:
     """The LSTM without memory; the parameters are MANN's.
 
     Raises:
-        ConfigError: a size that is not possible, or a problem without ways.
+        ConfigError: a size that is not possible, negative steps, or a problem without ways.
     """
     return LSTMBaseline(
         problem,
@@ -70,4 +73,5 @@ def build(
         forget_bias=forget_bias,
         lr=lr,
         schedule=schedule,
+        finetune=Finetune(steps=finetune_steps, lr=finetune_lr),
     )

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metabench.algorithms.base import Schedule
+from metabench.algorithms.finetune import Finetune
 from metabench.algorithms.metric import UNIT_EPS
 from metabench.algorithms.sequence import Scale, SequenceLearner, State, at_least_one
 from metabench.episodes import Problem
@@ -107,6 +108,7 @@ class Mann(SequenceLearner):
         forget_bias: float,
         lr: float,
         schedule: Schedule,
+        finetune: Finetune,
     ) -> None:
         at_least_one(slots=slots, width=width, heads=heads)
         if heads > slots:
@@ -122,6 +124,7 @@ class Mann(SequenceLearner):
             forget_bias=forget_bias,
             lr=lr,
             schedule=schedule,
+            finetune=finetune,
         )
         self.slots, self.width, self.heads, self.decay = slots, width, heads, decay
         self.written, self.write_to, self.read_weights = written, write_to, read_weights
@@ -187,6 +190,8 @@ def build(
     forget_bias: float = 1.0,
     lr: float = 1e-3,
     schedule: Literal["constant", "cosine", "halving"] = "constant",
+    finetune_steps: int = 0,
+    finetune_lr: float = 0.01,
 ) -> Mann:
     """MANN for `problem`.
 
@@ -205,9 +210,12 @@ def build(
         forget_bias: initial bias of the LSTM's forget gate.
         lr: rate of Adam.
         schedule: how it moves over the training.
+        finetune_steps: gradient steps of the output layer on support sets, in evaluation; not the paper's. None on
+            streams (see `metabench.algorithms.sequence`).
+        finetune_lr: their size.
 
     Raises:
-        ConfigError: a size that is not possible, or a problem without ways.
+        ConfigError: a size that is not possible, negative steps, or a problem without ways.
     """
     return Mann(
         problem,
@@ -224,4 +232,5 @@ def build(
         forget_bias=forget_bias,
         lr=lr,
         schedule=schedule,
+        finetune=Finetune(steps=finetune_steps, lr=finetune_lr),
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metabench.algorithms.base import Learner, Schedule, uniform
-from metabench.algorithms.finetune import Finetune, Finetuned, nearest
+from metabench.algorithms.finetune import Finetune, LinearHead, nearest
 from metabench.algorithms.metric import cosine, log_mixture, negative_sqeuclidean, unit
 from metabench.backbones import Backbone, make_backbone
 from metabench.episodes import Batch, Problem
@@ -74,7 +74,7 @@ def states(cell: nn.LSTMCell, sequence: Tensor) -> Tensor:
     return torch.stack(found, 1)
 
 
-class MatchingNet(Finetuned):
+class MatchingNet(LinearHead):
     """Vinyals et al. 2016, eq. 1, with or without full context embeddings (see `Context`).
 
     P(y | x, S) = sum_i a(x, x_i) [y_i = y], with a the softmax over all support items of the similarity; the loss is
@@ -126,18 +126,18 @@ class MatchingNet(Finetuned):
         return lambda x: log_mixture(self._scores(x, support.x), support)
 
     def linear(self, support: Batch) -> tuple[Tensor, Tensor]:
-        """See `Finetuned.linear`: one output per support item, what fine-tuning moves is what attention looks for."""
+        """See `LinearHead.linear`: one output per support item, what fine-tuning moves is what attention looks for."""
         if self.similarity == "sqeuclidean":
             return nearest(support.x, "sqeuclidean")
         keys, bias = nearest(support.x, "cosine")
         return (self.log_temperature.exp() * keys if self.similarity == "cosine" else keys), bias
 
     def see(self, x: Tensor) -> Tensor:
-        """See `Finetuned.see`."""
+        """See `LinearHead.see`."""
         return unit(x) if self.similarity == "cosine" else x
 
     def read(self, scores: Tensor, support: Batch) -> Tensor:
-        """See `Finetuned.read`."""
+        """See `LinearHead.read`."""
         return log_mixture(scores, support)
 
     def _scores(self, x: Tensor, keys: Tensor) -> Tensor:

@@ -15,6 +15,9 @@ Where paper and code differ, or say nothing:
   here (last convolution and both fully connected layers); the code there augments the last but one convolution too;
 - initialisation is U(-0.1, 0.1) as in the paper (the code: Chainer's defaults), but the generators' last layers start
   near zero, N(0, 0.01), for otherwise their weights, which nothing scales, make the first losses explode;
+- fine-tuned (see `metabench.algorithms.finetune`; not the paper's), a task has slow weights of its own in the output
+  layer, tuned on the support examples as queries. They have no biases, as everywhere here, and all else stays: memory,
+  attention, and the fast weights of the output layer, whose answers are added as before;
 - the gradient's size is max(log|g| / p, -1), without the code's machine epsilon inside the logarithm.
 """
 
@@ -30,11 +33,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from metabench.algorithms.base import Algorithm, Learner, Metrics, Schedule, Trainer, schedule
+from metabench.algorithms.base import Learner, Metrics, Schedule, Trainer, schedule
+from metabench.algorithms.finetune import Finetune, FineTuning
 from metabench.algorithms.reptile import mini_batches
 from metabench.episodes import Batch, Episode, Problem
 from metabench.errors import ConfigError
-from metabench.tasks import Execution, Params, choose
+from metabench.tasks import Execution, Params, choose, per_task
 
 METABENCH = {
     "kind": "algorithm",
@@ -203,14 +207,14 @@ def reading(memory: Params, attention: Tensor) -> Source:
     return read
 
 
-def walk(h: Tensor, names: Sequence[str], *sources: Source) -> Tensor:
+def walk(h: Tensor, names: Sequence[str], *sources: Source, inner: bool = False) -> Tensor:
     """The layers `names` on h (B, n, ...); what the sources make of h is added after a ReLU for each.
 
-    A fully connected layer that comes last has no ReLU; convolutions are pooled.
+    A fully connected layer that comes last has no ReLU, unless it is an `inner` one; convolutions are pooled.
     """
     for name in names:
         parts = [source(name, h) for source in sources]
-        if name.startswith("conv") or name != names[-1]:
+        if name.startswith("conv") or name != names[-1] or inner:
             parts = [F.relu(part) for part in parts]
         h = reduce(torch.add, parts)
         if name.startswith("conv"):
@@ -234,7 +238,7 @@ def loss_gradients(net: Layers, names: Sequence[str], h: Tensor, y: Tensor) -> P
     return {name: torch.unflatten(gradient, 0, h.shape[:2]) for name, gradient in zip(own, gradients, strict=True)}
 
 
-class MetaNet(Algorithm):
+class MetaNet(FineTuning):
     """Munkhdalai and Yu 2017: a base learner and a representation learner, each of slow and generated fast weights.
 
     Attributes:
@@ -254,8 +258,10 @@ class MetaNet(Algorithm):
         filters: int,
         lr: float,
         schedule: Schedule,
+        finetune: Finetune,
     ) -> None:
         super().__init__(problem)
+        self.use(finetune)
         if problem.ways is None or len(problem.shape) != 3:
             raise ConfigError(f"metanet classifies images, this problem's inputs have shape {problem.shape}")
         for name, value in (("task_steps", task_steps), ("filters", filters)):
@@ -273,14 +279,23 @@ class MetaNet(Algorithm):
         self.widest = max(activations if first == 0 else activations // 2, weights)
 
     def adapt(self, support: Batch, *, seeds: Tensor, steps: int | None = None) -> Learner:
-        """Fill the memories of T tasks; `steps` 0 leaves all fast weights out, other numbers make no difference."""
+        """Fill the memories of T tasks; `steps` 0 leaves all fast weights out.
+
+        Other numbers stand for `finetune_steps` where that is above 0, and else make no difference.
+        """
         if steps == 0:
             slow = using(self.base.shared())
             return lambda x: self._execution(x).chunks(lambda part: walk(part, LAYERS, slow), x)
         examples = support.x.shape[1]
         size = math.ceil(examples / self.task_steps)
         groups = mini_batches(seeds, examples, size, math.ceil(examples / size)).to(support.x.device)
-        state = self._execution(support.x).chunks(self._learn, support.x, support.y, groups)
+        count = self.tuning_steps(steps)
+
+        def learn(x: Tensor, y: Tensor, groups: Tensor) -> tuple[Params, Params, Tensor, Params]:
+            task, memory, keys = self._learn(x, y, groups)
+            return task, memory, keys, self._output(Batch(x, y, support.ways), task, memory, keys, steps=count)
+
+        state = self._execution(support.x).chunks(learn, support.x, support.y, groups)
 
         def predict(x: Tensor) -> Tensor:
             logits: Tensor = self._execution(x).chunks(self._answer, x, *state)
@@ -331,11 +346,27 @@ class MetaNet(Algorithm):
         h = walk(x, self.plain, slow)
         return walk(h, self.augmented[:-1], slow, *([using(task)] if task else []))
 
-    def _answer(self, x: Tensor, task: Params, memory: Params, keys: Tensor) -> Tensor:
-        """Some tasks: logits (T, M, ways) of queries x (T, M, *shape)."""
+    def _output(self, support: Batch, task: Params, memory: Params, keys: Tensor, *, steps: int) -> Params:
+        """Some tasks: the slow weights (T, ways, d) of the output layer after so many steps; nothing, if none."""
+        if steps == 0:
+            return {}
+        last = LAYERS[-1]
+        with torch.no_grad():
+            fast, slow = self._read(support.x, task, memory, keys), using(self.base.shared())
+            h = walk(walk(support.x, self.plain, slow), self.augmented[:-1], slow, fast, inner=True)
+            added = fast(last, h)
+        start = per_task({last: self.base.get_parameter(last)}, support.tasks)
+        return self.tuned(support, start, lambda p: apply_layer(last, h, p[last]) + added, steps)
+
+    def _read(self, x: Tensor, task: Params, memory: Params, keys: Tensor) -> Source:
+        """Some tasks: the fast weights of queries x (T, M, *shape)."""
         attention = F.cosine_similarity(self._keys(x, task)[:, :, None], keys[:, None], dim=-1).softmax(-1)
-        slow = using(self.base.shared())
-        return walk(walk(x, self.plain, slow), self.augmented, slow, reading(memory, attention))
+        return reading(memory, attention)
+
+    def _answer(self, x: Tensor, task: Params, memory: Params, keys: Tensor, output: Params) -> Tensor:
+        """Some tasks: logits (T, M, ways) of queries x (T, M, *shape)."""
+        slow = using({**self.base.shared(), **output})
+        return walk(walk(x, self.plain, slow), self.augmented, slow, self._read(x, task, memory, keys))
 
 
 def _of(generators: nn.ModuleDict, name: str) -> nn.Module:
@@ -351,6 +382,8 @@ def build(
     filters: int = 64,
     lr: float = 1e-3,
     schedule: Literal["constant", "cosine", "halving"] = "constant",
+    finetune_steps: int = 0,
+    finetune_lr: float = 0.01,
 ) -> MetaNet:
     """Meta networks for `problem`; as in the paper, one task a step, with ten queries per class.
 
@@ -362,9 +395,11 @@ def build(
         filters: of every convolution; the paper has 64 for Omniglot and 32 for mini-ImageNet.
         lr: Adam's rate.
         schedule: how it moves; the paper's is constant.
+        finetune_steps: gradient steps of the slow output layer on support sets, in evaluation; not the paper's.
+        finetune_lr: their size.
 
     Raises:
-        ConfigError: inputs that are no images, or a number below 1.
+        ConfigError: inputs that are no images, a number below 1, or negative steps.
     """
     return MetaNet(
         problem,
@@ -374,4 +409,5 @@ def build(
         filters=filters,
         lr=lr,
         schedule=schedule,
+        finetune=Finetune(steps=finetune_steps, lr=finetune_lr),
     )

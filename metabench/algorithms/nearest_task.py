@@ -89,8 +89,8 @@ class NearestTask(ProtoNet):
             task = Batch(features, torch.cat([episode.support.y, episode.query.y], dim=1), episode.support.ways)
             centres = prototypes(task)
             weight, bias = nearest(centres, self.distance)
-            soft = weight / self.temperature, bias / self.temperature
-            head = self.tuned(task, soft, self.finetune.steps)
+            soft = {"weight": weight / self.temperature, "bias": bias / self.temperature}
+            head = self.tuned_head(task, soft, self.finetune.steps)
             self.kept_prototypes[rows] = centres
             self.kept_weights[rows], self.kept_biases[rows] = head["weight"], head["bias"]
 
@@ -102,7 +102,7 @@ class NearestTask(ProtoNet):
         return lambda x: self.see(x) @ weight.mT + bias[:, None]
 
     def linear(self, support: Batch) -> tuple[Tensor, Tensor]:
-        """See `Finetuned.linear`: the head of the nearest kept task, matched; a constant."""
+        """See `LinearHead.linear`: the head of the nearest kept task, matched; a constant."""
         tasks, columns = self.recall(prototypes(support))
         rows = tasks[:, None], columns
         return self.kept_weights[rows], self.kept_biases[rows]

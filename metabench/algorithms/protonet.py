@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from metabench.algorithms.base import Learner, Schedule
-from metabench.algorithms.finetune import Distance, Finetune, Finetuned, nearest
+from metabench.algorithms.finetune import Distance, Finetune, LinearHead, nearest
 from metabench.algorithms.metric import cosine, negative_sqeuclidean, prototypes, unit
 from metabench.backbones import Backbone, make_backbone
 from metabench.episodes import Batch, Problem
@@ -25,7 +25,7 @@ METABENCH = {
 }
 
 
-class ProtoNet(Finetuned):
+class ProtoNet(LinearHead):
     """Snell, Swersky, Zemel 2017: logits are minus the squared Euclidean distance to the mean support feature.
 
     The distance is squared and summed over features, not divided by their number.
@@ -52,11 +52,11 @@ class ProtoNet(Finetuned):
         return lambda x: score(x, centres)
 
     def linear(self, support: Batch) -> tuple[Tensor, Tensor]:
-        """See `Finetuned.linear`."""
+        """See `LinearHead.linear`."""
         return nearest(prototypes(support), self.distance)
 
     def see(self, x: Tensor) -> Tensor:
-        """See `Finetuned.see`."""
+        """See `LinearHead.see`."""
         return x if self.distance == "sqeuclidean" else unit(x)
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from metabench.algorithms.base import Learner, Schedule
-from metabench.algorithms.finetune import Finetune, Finetuned
+from metabench.algorithms.finetune import Finetune, LinearHead
 from metabench.backbones import Backbone, make_backbone
 from metabench.episodes import Batch, Problem
 from metabench.errors import ConfigError
@@ -39,7 +39,7 @@ METABENCH = {
 }
 
 
-class R2D2(Finetuned):
+class R2D2(LinearHead):
     """A ridge-regression head per task; everything is differentiated through its linear system."""
 
     def __init__(
@@ -68,7 +68,7 @@ class R2D2(Finetuned):
         return lambda x: self.scale * (x @ weights) + self.bias
 
     def linear(self, support: Batch) -> tuple[Tensor, Tensor]:
-        """See `Finetuned.linear`."""
+        """See `LinearHead.linear`."""
         weights = self.scale * ridge_weights(support, self.log_ridge.exp()).mT
         return weights, self.bias.expand(weights.shape[:2])
 

@@ -3,6 +3,11 @@
 The task format of Santoro et al. 2016: at step t the network sees [x_t, y_{t-1}] and answers y_t, so a label is learned
 only after the answer was given. An N-way K-shot task is the sequence of its support set, in an order drawn from the
 task's seed, and then one query, whose own label is never shown: each query follows the support set alone.
+
+Fine-tuned (see `metabench.algorithms.finetune`), a task has an output layer of its own, tuned on the support examples
+as if each came back as a query after the whole support set: what the network remembers stays as it is. A stream has no
+support set, every label comes after its answer: `follow` never fine-tunes, and test tasks that are streams are refused
+where `finetune_steps` is above 0 (`unfollowed`).
 """
 
 from __future__ import annotations
@@ -15,9 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metabench.algorithms.base import Algorithm, Learner, Metrics, Schedule, Trainer, query_loss, schedule, uniform
+from metabench.algorithms.base import Learner, Metrics, Schedule, Trainer, query_loss, schedule, uniform
+from metabench.algorithms.finetune import Finetune, FineTuning, linear_scores
 from metabench.episodes import Batch, Episode, Problem, Stream
 from metabench.errors import ConfigError
+from metabench.tasks import per_task
 
 Scale = Literal["max", "none"]
 State = tuple[Tensor, ...]
@@ -28,7 +35,7 @@ Where several examples are tried as the next one, m instead of 1."""
 DARKEST = 1e-6  # an image without anything brighter is left nearly as it is
 
 
-class SequenceLearner(Algorithm):
+class SequenceLearner(FineTuning):
     """An LSTM that reads [x_t, y_{t-1}] and whatever it remembers, under a softmax layer over the ways.
 
     Args:
@@ -40,6 +47,7 @@ class SequenceLearner(Algorithm):
         forget_bias: initial bias of the forget gate.
         lr: rate of Adam.
         schedule: how it moves over the training.
+        finetune: gradient steps of the output layer in evaluation.
     """
 
     slow_start = math.inf  # labels come late and in random order: nothing is learned until all of remembering works
@@ -55,8 +63,10 @@ class SequenceLearner(Algorithm):
         forget_bias: float,
         lr: float,
         schedule: Schedule,
+        finetune: Finetune,
     ) -> None:
         super().__init__(problem)
+        self.use(finetune)
         at_least_one(units=units)
         if problem.ways is None:
             raise ConfigError(f"{type(self).__name__} shows labels to its network: it needs a problem with ways")
@@ -110,7 +120,7 @@ class SequenceLearner(Algorithm):
         return drive
 
     def follow(self, stream: Stream) -> Tensor:
-        """See `Algorithm.follow`."""
+        """See `Algorithm.follow`; never fine-tuned."""
         shown, _ = self._show(stream)
         logits: Tensor = self.output(torch.cat(shown, dim=1))
         return logits
@@ -131,17 +141,26 @@ class SequenceLearner(Algorithm):
         return super().loss(batch)
 
     def adapt(self, support: Batch, *, seeds: Tensor, steps: int | None = None) -> Learner:
-        """Show the support sets, each in an order of its own; `steps` has no meaning here."""
-        del steps
+        """Show the support sets, each in an order of its own; `steps` stands for `finetune_steps`, if above 0."""
         shown = in_random_order(support, seeds)
         latest, (_, state) = shown.one_hot()[:, -1:], self._show(shown)
 
-        def predict(x: Tensor) -> Tensor:
+        def seen(x: Tensor) -> Tensor:
             drive = self.drive(x, latest.expand(-1, x.shape[1], -1))
-            answers: Tensor = self.output(self.exposed(self.step(drive, state, last=True)))
-            return answers
+            return self.exposed(self.step(drive, state, last=True))
 
-        return predict
+        count = self.tuning_steps(steps)
+        if count == 0:
+            return lambda x: self.output(seen(x))
+        features, head = seen(support.x).detach(), per_task(dict(self.output.named_parameters()), support.tasks)
+        head = self.tuned(support, head, lambda p: linear_scores(p, features), count)
+        return lambda x: linear_scores(head, seen(x))
+
+    def unfollowed(self) -> str | None:
+        """See `Algorithm.unfollowed`: not where support sets are to be fine-tuned on."""
+        if self.finetune.steps > 0:
+            return "a stream has no support set to fine-tune on: leave finetune_steps at 0"
+        return None
 
     def unsupported(self, problem: Problem) -> str | None:
         """Only tasks with the ways trained for: labels are inputs and outputs of learned weights."""

@@ -10,7 +10,7 @@ import pandas as pd
 
 from metabench.errors import ConfigError, did_you_mean
 from metabench.report import kernels
-from metabench.report.methods import TASK, Method, count, difference, first, methods
+from metabench.report.methods import TASK, Method, count, difference, first, methods, with_data
 from metabench.report.model import Block, Mark, Row, RunData, Table
 from metabench.report.published import Published, published
 from metabench.stats import Interval, smallest_visible_difference
@@ -42,16 +42,6 @@ def tables(data: RunData, reference: str | None = None) -> list[Table]:
     if reference is not None and made and reference not in seen:
         raise ConfigError(f"no row is called {reference!r}{did_you_mean(reference, seen)}")
     return made
-
-
-def with_data(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows with what cell ids tell (results.csv of old has fewer columns): the data segment with the data set's
-    parameters, a stream's length, what the classes of an episode have in common.
-    """
-    parts = rows["cell"].astype(str).str.split("/")
-    stream = parts.str[2].str.extract(r"^[0-9]+w([0-9]+)t$", expand=False).astype(float)
-    within = parts.str[1].str.extract(r"[\[,]within=(\w+)", expand=False).fillna("none")
-    return rows.assign(data=parts.str[1], stream=stream, within=within)
 
 
 def _data_parameters(task: pd.Series) -> str:

@@ -16,9 +16,9 @@ import pandas as pd
 
 from metabench.errors import StoreError
 from metabench.report import wording
-from metabench.report.build import measures, with_data
+from metabench.report.build import measures
 from metabench.report.kernels import CALL, base_label, by_process, interval, kernel_rows, ordinary
-from metabench.report.methods import TASK, Method, count, methods
+from metabench.report.methods import TASK, Method, count, methods, with_data
 from metabench.report.model import RunData
 from metabench.stats import Interval, PowerLaw, power_law
 
@@ -176,7 +176,7 @@ def _methods(times: pd.DataFrame) -> list[str]:
 
 def _along(times: pd.DataFrame, axis: str, data: RunData) -> Iterator[Scaling]:
     own = {"images": {"tasks", "ways", "shots", "queries"}, "threads": {"threads_asked"}}.get(axis, {axis})
-    others = [*TASK, *CALL, "steps", "seed", "environment", "kernel"]
+    others = [*TASK, "stream", *CALL, "steps", "seed", "environment", "kernel"]
     fixed = [name for name in others if name not in own]
     for _, group in times.groupby(fixed, sort=False, dropna=False):
         lines = [_line(mine, axis, data) for _, mine in group.groupby("method", sort=False)]
@@ -203,6 +203,7 @@ def _fixed(row: pd.Series, names: Sequence[str]) -> str:
     task = [str(row["dataset"])]
     task += [f"{int(known[n])}-{n.removesuffix('s')}" for n in ("ways", "shots") if n in known]
     task += [f"{int(known['queries'])} queries"] if "queries" in known else []
+    task += [f"streams of {int(known['stream'])}"] if "stream" in known else []
     said = [" ".join(task)]
     said += [f"{int(known['tasks'])} tasks per call"] if known.get("tasks", 1) != 1 else []
     said += [f"{int(known['steps'])} steps"] if "steps" in known else []

@@ -11,7 +11,7 @@ import pandas as pd
 
 from metabench.errors import ConfigError, did_you_mean
 from metabench.report.machine import footer
-from metabench.report.methods import TASK, count, number
+from metabench.report.methods import TASK, count, number, with_data
 from metabench.report.model import COUNTS, KERNELS, KernelCell, KernelReport, KernelRow, KernelTable, RunData
 from metabench.roofline import bound
 from metabench.stats import Interval, paired_ratio, ratio
@@ -32,7 +32,7 @@ def kernel_report(data: RunData, reference: str | None = None) -> KernelReport:
     rows = kernel_rows(data)
     if reference is not None and len(rows) == len(data.rows) > 0 and reference not in (known := names(data)):
         raise ConfigError(f"no row is called {reference!r}{did_you_mean(reference, known)}")
-    groups = [group for _, group in rows.groupby([*TASK, *CALL], sort=False, dropna=False)]
+    groups = [group for _, group in rows.groupby([*TASK, "stream", *CALL], sort=False, dropna=False)]
     nowhere = [group for group in groups if _reason_of_all(group)]
     tables = [_table(group, data, reference) for group in groups if not _reason_of_all(group)]
     said = tuple(f"{_title(group.iloc[0])} on {group.iloc[0]['device']}: {_reason_of_all(group)}." for group in nowhere)
@@ -57,10 +57,10 @@ def ordinary(data: RunData) -> RunData:
 
 
 def kernel_rows(data: RunData) -> pd.DataFrame:
-    """The rows for tables of kernels with their facts, and `data` (the id's second segment), `kernel`, `aspect`."""
+    """The rows for tables of kernels with their facts, what `with_data` adds, `kernel` and `aspect`."""
     rows = data.rows[_is_kernel(data)].merge(data.facts, on=["cell", "measure"], how="left")
     pairs = [MEASURES[measure] for measure in rows["measure"]]
-    rows = rows.assign(data=_segment(rows, 1), kernel=[k for k, _ in pairs], aspect=[a for _, a in pairs])
+    rows = with_data(rows).assign(kernel=[k for k, _ in pairs], aspect=[a for _, a in pairs])
     return rows.assign(tasks=rows["tasks"].astype(float).fillna(1.0))
 
 
@@ -237,8 +237,9 @@ def _against_roof(cell: KernelCell, row: pd.Series, environments: Mapping[str, A
 
 
 def _title(row: pd.Series) -> str:
-    ways, shots = count(row["ways"]), count(row["shots"])
-    size = " ".join(text for text in (f"{ways}-way" if ways else "", f"{shots}-shot" if shots else "") if text)
+    ways, shots, stream = (count(row[name]) for name in ("ways", "shots", "stream"))
+    shape = ((ways, f"{ways}-way"), (shots, f"{shots}-shot"), (stream, f"streams of {stream}"))
+    size = " ".join(text for number, text in shape if number)
     return f"Kernels: {row['dataset']} {size}".strip()
 
 

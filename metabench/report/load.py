@@ -78,7 +78,11 @@ def _scores(run: Run, measurement: Measurement) -> Iterator[dict[str, Any]]:
 
 
 def _credit(run: Run, measurement: Measurement) -> Iterator[dict[str, Any]]:
-    """Per class of the data set: its queries and the sum of their credit."""
+    """Per class of the data set: its queries and the sum of their credit.
+
+    Episodes weigh alike, as in the score: where they ask unlike numbers of queries (streams, how many of their classes
+    come k times), each of a query's counts is the mean number over its episode's own.
+    """
     name = measurement.facts.get("predictions")
     file = run.path / "predictions" / str(name)
     if not name or not file.is_file():
@@ -89,8 +93,11 @@ def _credit(run: Run, measurement: Measurement) -> Iterator[dict[str, Any]]:
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise StoreError(f"{file}: damaged ({error}); delete it to go on without intervals by class") from error
     credit = np.where(ties > 0, 1.0 / np.maximum(ties, 1), 0.0)
-    of_query = np.take_along_axis(classes, labels, axis=1)
-    queries = np.bincount(of_query.ravel())
-    sums = np.bincount(of_query.ravel(), weights=credit.ravel())
+    asked = labels < classes.shape[1]  # any other label stands for a query that does not count
+    counts = asked.sum(axis=1, keepdims=True)
+    weights = asked * (counts.mean() / np.maximum(counts, 1))
+    of_query = np.take_along_axis(classes, np.where(asked, labels, 0), axis=1).ravel()
+    queries = np.bincount(of_query, weights=weights.ravel())
+    sums = np.bincount(of_query, weights=(credit * weights).ravel())
     for number in np.flatnonzero(queries):
-        yield {"class": int(number), "queries": int(queries[number]), "credit": float(sums[number])}
+        yield {"class": int(number), "queries": float(queries[number]), "credit": float(sums[number])}

@@ -129,6 +129,16 @@ def methods(rows: pd.DataFrame, measure: str, data: RunData) -> list[Method]:
     ]
 
 
+def with_data(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with what cell ids tell (results.csv of old has fewer columns): the data segment with the data set's
+    parameters, a stream's length, what the classes of an episode have in common.
+    """
+    parts = rows["cell"].astype(str).str.split("/")
+    stream = parts.str[2].str.extract(r"^[0-9]+w([0-9]+)t$", expand=False).astype(float)
+    within = parts.str[1].str.extract(r"[\[,]within=(\w+)", expand=False).fillna("none")
+    return rows.assign(data=parts.str[1], stream=stream, within=within)
+
+
 def first(rows: pd.DataFrame, column: str) -> str:
     """The first value of a column that is filled, as text; empty where none is."""
     filled = rows[column].dropna()
