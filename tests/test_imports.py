@@ -27,7 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     # the suite half
     "catalogue": NOBODY,
     "cells": {"catalogue"},
-    "suitefile": {"catalogue", "cells"},
+    "thresholds": NOBODY,
+    "suitefile": {"catalogue", "cells", "thresholds"},
     "suite": {"catalogue", "cells", "suitefile"},
     # the plain half
     "stats": NOBODY,
@@ -35,6 +36,10 @@ ALLOWED: dict[str, set[str]] = {
     "store": {"cells"},
     "roofline": NOBODY,
     "verdicts": NOBODY,
+    "joint": {"thresholds", "verdicts"},
+    "sides": {"cells", "store"},
+    "compare": {"cells", "joint", "sides", "stats", "thresholds", "verdicts"},
+    "verdict_report": {"verdicts"},
     "report": {"environment", "report", "roofline", "store", "stats"},
     # the torch half
     "timing": NOBODY,
@@ -62,11 +67,23 @@ ALLOWED: dict[str, set[str]] = {
     # the top
     "progress": {"runner", "store"},
     "listing": {"datasets", *SUITES},
-    "cli": {"plan", "runner", "report", "store", "progress", "listing", "doctor", *SUITES},
+    "cli": {
+        "plan",
+        "runner",
+        "report",
+        "store",
+        "progress",
+        "listing",
+        "doctor",
+        "compare",
+        "verdicts",
+        "verdict_report",
+        *SUITES,
+    },
 }
 PLAIN = (
     "suite", "cells", "suitefile", "catalogue", "store", "environment", "stats", "roofline", "verdicts", "doctor",
-    "plan", "workers", "costs", "runner", "report", "cli",
+    "plan", "workers", "costs", "runner", "report", "cli", "thresholds", "joint", "sides", "compare", "verdict_report",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
