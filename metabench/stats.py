@@ -258,7 +258,7 @@ def tail_probability(distance: float, sources: Sequence[Source]) -> float:
     """
     if distance <= 0:
         return 1.0
-    low, high = -700.0, float(np.log(0.5))  # of the logarithm
+    low, high = -200.0, float(np.log(0.5))  # of the logarithm; further out, t's quantiles overflow
     if half_width(sources, tail=float(np.exp(low))) < distance:
         return float(np.exp(low)) if any(one.se > 0 for one in sources) else 0.0
     for _ in range(60):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import environ
+from stored_runs import Stored
 
 import metabench
 
@@ -185,9 +186,11 @@ def test_commands_that_only_read_never_load_torch(tmp_path):
 
     manifest = {"suite": "s", "controls": [], "cells": {}, "rows": [], "evaluation": {}, "reference": None}
     run = Run.create(tmp_path, "s", manifest)
+    full = Stored().count(10).at(tmp_path, "full")
     commands = [
         ["ls"], ["ls", "--json"], ["validate", "smoke"], ["validate", "--schema"], ["run", "smoke", "--plan"],
         ["report", str(run.path), "-f", "csv"], ["report", str(run.path)],
+        ["compare", str(full), str(full)], ["export", str(full), "--to", "bencher"],
     ]  # fmt: skip
     found = loaded(commands, {"torch"})
     assert len(found) == len(commands)
