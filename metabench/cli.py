@@ -338,6 +338,31 @@ def check(
     _conclude(found, asked, junit)
 
 
+@app.command()
+def export(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or results.csv files.")],
+    to: Annotated[str, typer.Option("--to", help="pyperf, github-action-benchmark, bencher or junit.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write; a folder where there are several. Default: print it.")
+    ] = None,
+    select: Select = "",
+) -> None:
+    """Stored results in the format of another tool.
+
+    pyperf gets the times of kernels, one value per process. github-action-benchmark reads two files, for what is
+    better smaller (times, errors, counts) and what is better bigger (accuracies): give --out a folder.
+    """
+    from metabench import export as exporter
+
+    files = exporter.export(runs, to, select=select)
+    if out is not None:
+        _print_text("".join(f"{path}\n" for path in exporter.write(files, out)))
+    elif len(files) > 1:
+        raise ConfigError(f"--to {to} makes {' and '.join(files)}: name a folder for them with --out")
+    else:
+        _print_text(next(iter(files.values())))
+
+
 def _fail_on(text: str) -> list[str]:
     from metabench.errors import did_you_mean
     from metabench.verdicts import ASKED

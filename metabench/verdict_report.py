@@ -257,14 +257,18 @@ def as_junit(findings: Sequence[Findings]) -> str:
     A regression is a failure, a row that failed in the candidate an error; what is inconclusive, incomparable or
     missing is skipped.
     """
+    return junit({one.title: [*map(_case, one.sorted), *map(_absent_case, one.absent)] for one in findings})
+
+
+def junit(suites: Mapping[str, Sequence[ElementTree.Element]]) -> str:
+    """JUnit XML of test suites by name, each with its cases, as `testcase` makes them."""
     root = ElementTree.Element("testsuites", name="metabench")
-    for one in findings:
-        cases = [*map(_case, one.sorted), *map(_absent_case, one.absent)]
+    for name, cases in suites.items():
         count = {kind: sum(case.find(kind) is not None for case in cases) for kind in ("failure", "error", "skipped")}
         suite = ElementTree.SubElement(
             root,
             "testsuite",
-            name=_printable(one.title),
+            name=_printable(name),
             tests=str(len(cases)),
             failures=str(count["failure"]),
             errors=str(count["error"]),
@@ -287,15 +291,16 @@ def write_junit(file: Path, findings: Sequence[Findings]) -> None:
 def _case(row: Verdict) -> ElementTree.Element:
     said = f"{change(row)}; could see {could_see(row)}; {row.reason}"
     kind = {"regressed": "failure", "inconclusive": "skipped", "incomparable": "skipped"}.get(row.outcome, "")
-    return _testcase(row.cell, row.measure, kind, f"{row.outcome}: {said}")
+    return testcase(row.cell, row.measure, kind, f"{row.outcome}: {said}")
 
 
 def _absent_case(row: Absent) -> ElementTree.Element:
     kind = {"missing": "skipped", "new": ""}.get(row.status, "error")
-    return _testcase(row.cell, row.measure, kind, f"{row.status}: {row.reason}")
+    return testcase(row.cell, row.measure, kind, f"{row.status}: {row.reason}")
 
 
-def _testcase(cell: str, measure: str, kind: str, message: str) -> ElementTree.Element:
+def testcase(cell: str, measure: str, kind: str, message: str) -> ElementTree.Element:
+    """A row as a test case; `kind` is failure, error, skipped, or '' for one that passed."""
     case = ElementTree.Element("testcase", classname=_printable(cell), name=_printable(measure), time="0")
     if kind:
         ElementTree.SubElement(case, kind, message=_printable(message))

@@ -18,6 +18,7 @@ PACKAGE = Path(metabench.__file__).parent
 NOBODY: set[str] = set()
 ANY = {"errors"}  # everybody may
 SUITES = {"catalogue", "cells", "suite", "suitefile"}
+COMPARISONS = {"compare", "export", "verdicts", "verdict_report"}
 TASKS = {"episodes", "backbones", "tasks"}
 
 # who may import what, of metabench; a folder stands for all in it. Imports run downwards only.
@@ -41,6 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "sides": {"cells", "store"},
     "compare": {"cells", "joint", "sides", "stats", "thresholds", "verdicts"},
     "verdict_report": {"verdicts"},
+    "export": {"sides", "verdict_report"},
     "report": {"environment", "report", "roofline", "store", "stats"},
     # the torch half
     "timing": NOBODY,
@@ -68,23 +70,12 @@ ALLOWED: dict[str, set[str]] = {
     # the top
     "progress": {"runner", "store"},
     "listing": {"datasets", *SUITES},
-    "cli": {
-        "plan",
-        "runner",
-        "report",
-        "store",
-        "progress",
-        "listing",
-        "doctor",
-        "compare",
-        "verdicts",
-        "verdict_report",
-        *SUITES,
-    },
+    "cli": {"plan", "runner", "report", "store", "progress", "listing", "doctor", *COMPARISONS, *SUITES},
 }
 PLAIN = (
     "suite", "cells", "suitefile", "catalogue", "store", "environment", "stats", "roofline", "verdicts", "doctor",
     "plan", "workers", "costs", "runner", "report", "cli", "thresholds", "joint", "sides", "compare", "verdict_report",
+    "export",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

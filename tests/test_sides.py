@@ -93,6 +93,20 @@ def test_scores_that_are_none(run, table):
     assert "episodes.csv:3: score is nan" in refused(table)
 
 
+def test_samples_in_another_order_are_the_same(run):
+    edit(
+        run / "samples.jsonl",
+        (
+            '"scores": [0.5, 0.25, 0.75], "episodes": ["h0", "h1", "h2"]',
+            '"episodes": ["h0", "h1", "h2"], "scores": [0.5, 0.25, 0.75]',
+        ),
+    )
+    (found,) = load([run], select="accuracy").rows.values()
+    assert (found.scores().episodes, found.scores().scores.tolist()) == (("h0", "h1", "h2"), [0.5, 0.25, 0.75])
+    edit(run / "samples.jsonl", ('"h2"], "scores', '"h2", "scores'))
+    assert "are damaged" in refused(run)
+
+
 def test_doubled_cells(table):
     lines = table.read_text().splitlines()
     table.write_text("\n".join([*lines, lines[2]]) + "\n")
