@@ -91,16 +91,17 @@ def compare(
         cell = _pooled_name([b for b, _ in pairs])
         margin = thresholds.margin(pairs[0][0].cell, pairs[0][0].text("algorithm"), pairs[0][0].measure)
         tested.append(_judge(cell, pairs, margin, across_machines))
-    if not tested:
-        _raise_nothing(base, new)
     verdicts = decide(tested)
-    return Findings(
+    found = Findings(
         title=f"{new.name} against {base.name}",
         verdicts=tuple(verdicts),
         joint=tuple(join(verdicts, _changed_by_method(base, new, faster(verdicts)))),
         absent=tuple(_absent(base, new)),
         notes=tuple(_notes(base, new, tested)),
     )
+    if not tested and not found.failed:
+        _raise_nothing(base, new)
+    return found
 
 
 def decide(tested: Iterable[Tested | Verdict]) -> list[Verdict]:
@@ -143,7 +144,9 @@ def _verdict(row: Tested, worse: float, better: float, *, tests: int) -> Verdict
 
 def _shown(scale: Scale) -> Callable[[float], float]:
     """From the scale of the test to that of the verdict."""
-    return math.expm1 if scale == "ratio" else float
+    if scale != "ratio":
+        return float
+    return lambda value: math.expm1(value) if value < 700 else math.inf
 
 
 def _both(first: str, second: str) -> str:
@@ -311,18 +314,16 @@ def _log_time(rows: Sequence[Result]) -> tuple[float, Source | None]:
         value, low, high, n = values[0], row.ci_low, row.ci_high, row.n or 1
     if low is None or high is None or n < 2:
         return math.log(value), None
+    if low <= 0:
+        raise ValueError("a time that may be 0 has no ratio")
     quantile = stats.half_width([Source(1.0, n - 1)], tail=TAIL)
     return math.log(value), Source(math.log(high / low) / 2 / quantile, n - 1)
 
 
 def _drift(before: Result, after: Result) -> str:
     """Why these times cannot be trusted: the control rows moved, or there are none. Empty where they held still."""
-    controls = [row.machine().get("controls") or {} for row in (before, after)]
-    moved = []
-    for name in sorted(controls[0].keys() & controls[1].keys()):
-        medians = [statistics.median(side[name]) for side in controls if side[name]]
-        if len(medians) == 2 and min(medians) > 0:
-            moved.append((medians[1] / medians[0] - 1, name))
+    old, new = before.controls(), after.controls()
+    moved = [(statistics.median(new[name]) / statistics.median(old[name]) - 1, name) for name in old if name in new]
     if not moved:
         return "no control rows in both runs: the machine's own drift between them is unknown"
     worst, name = max(moved, key=lambda one: abs(one[0]))
@@ -354,21 +355,22 @@ def _quality(made: Verdict, pairs: Sequence[tuple[Result, Result]], margin: Marg
     """Accuracy or error on the episodes that both sides scored."""
     if reason := next(filter(None, (_unlike(*pair) for pair in pairs)), ""):
         return replace(made, outcome="incomparable", reason=reason)
-    scored = [_on_shared_episodes(before.scores(), after.scores()) for before, after in pairs]
-    if any(one is None for one in scored):
+    scored = [(before.scores(), after.scores()) for before, after in pairs]
+    kept = [(before, after) for before, after in scored if before is not None and after is not None]
+    if len(kept) < len(scored):
         means = [float(np.mean([pair[side].value or 0.0 for pair in pairs])) for side in (0, 1)]
         change = _relative(means[1] - means[0], means[0], made.scale)
         why = "no scores of single episodes: give the run's folder, or keep episodes.csv beside results.csv"
         return replace(made, change=change, reason=why)
-    known = [one for one in scored if one is not None]
-    count = min(len(one[0]) for one in known)
+    old, new = _on_shared_episodes(kept)
+    count = old.shape[1]
     if count == 0:
         return replace(made, outcome="incomparable", reason="no test episode in common")
-    old, new = (np.stack([one[side][:count] for one in known]) for side in (0, 1))
-    if np.array_equal(old, new) and all(_same_predictions(*pair) is not False for pair in pairs):
-        what = "predictions" if all(_same_predictions(*pair) for pair in pairs) else "scores"
-        reason = f"identical {what} on {count} episodes"
-        return replace(made, outcome="unchanged", reason=reason, change=0.0, low=0.0, high=0.0, detectable=0.0)
+    if np.array_equal(old, new):
+        same = [_same_predictions(*pair) for pair in pairs]
+        if False not in same:
+            reason = f"identical {'predictions' if all(same) else 'scores'} on {count} episodes"
+            return replace(made, outcome="unchanged", reason=reason, change=0.0, low=0.0, high=0.0, detectable=0.0)
     return _on_episodes(made, pairs, old, new, margin)
 
 
@@ -428,16 +430,16 @@ def _unlike(before: Result, after: Result) -> str:
     return ""
 
 
-def _on_shared_episodes(before: Scores | None, after: Scores | None) -> tuple[Floats, Floats] | None:
-    """Both sides' scores of the episodes that both have, in the baseline's order."""
-    if before is None or after is None:
-        return None
-    if before.episodes == after.episodes:
-        return before.scores, after.scores
-    places = {name: place for place, name in enumerate(_numbered(after.episodes))}
-    pairs = [(i, places[name]) for i, name in enumerate(_numbered(before.episodes)) if name in places]
-    mine, theirs = ([pair[side] for pair in pairs] for side in (0, 1))
-    return before.scores[mine], after.scores[theirs]
+def _on_shared_episodes(scored: Sequence[tuple[Scores, Scores]]) -> tuple[Floats, Floats]:
+    """Both sides' scores (S seeds, E episodes) of the episodes that every row has, a column an episode."""
+    every = [one for pair in scored for one in pair]
+    first = every[0].episodes
+    if all(one.episodes == first for one in every):
+        return np.stack([a.scores for a, _ in scored]), np.stack([b.scores for _, b in scored])
+    places = [{name: place for place, name in enumerate(_numbered(one.episodes))} for one in every]
+    shared = [name for name in _numbered(first) if all(name in known for known in places)]
+    rows = [one.scores[[known[name] for name in shared]] for one, known in zip(every, places, strict=True)]
+    return np.stack(rows[0::2]), np.stack(rows[1::2])
 
 
 def _numbered(episodes: Sequence[str]) -> Iterable[tuple[str, int]]:
@@ -502,6 +504,8 @@ def _predicted(file: Path) -> np.ndarray:
     """(E, queries, 2): each query's predicted label and how many maxima tied with it."""
     try:
         with np.load(file) as kept:
+            if kept["predicted"].ndim != 2:
+                raise ValueError(f"{kept['predicted'].ndim} dimensions")
             return np.stack([kept["predicted"].astype(np.int64), kept["ties"].astype(np.int64)], axis=-1)
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise StoreError(f"{file}: damaged ({error}); delete it to compare by scores alone") from error

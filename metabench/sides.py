@@ -26,7 +26,7 @@ from metabench.store import SCHEMA_VERSION, Key, Measurement, Run
 Floats = npt.NDArray[np.float64]
 NEEDED = ("suite", "cell", "algorithm", "measure", "value", "status", "environment")
 STATUSES = ("ok", "skipped", "failed", "timeout", "diverged")
-_NUMBERS = ("value", "ci_low", "ci_high", "sd")
+_NUMBERS = ("value", "ci_low", "ci_high")
 _COUNTS = ("n", "seed")
 
 
@@ -76,14 +76,27 @@ class Result:
 
     def predictions(self) -> Path | None:
         """The file of its predictions, or None."""
-        name = self.columns.get("predictions")
-        file = self.home.path / "predictions" / str(name)
+        name = Path(self.text("predictions")).name  # of that folder, whatever a result says
+        file = self.home.path / "predictions" / name
         return file if name and file.is_file() else None
 
     def machine(self) -> Mapping[str, Any]:
         """What is known of the machine, empty where nothing is."""
         found = self.home.environments.get(self.environment, {})
         return found if isinstance(found, Mapping) else {}
+
+    def controls(self) -> dict[str, list[float]]:
+        """The seconds of each control row on that machine in this run, a value per process; only sound ones."""
+        found = self.machine().get("controls")
+        kept = {}
+        for name, times in found.items() if isinstance(found, Mapping) else ():
+            if (
+                isinstance(times, list)
+                and times
+                and all(isinstance(t, int | float) and 0 < t < math.inf for t in times)
+            ):
+                kept[str(name)] = [float(t) for t in times]
+        return kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,26 +184,28 @@ def _homes(path: Path) -> list[_Found]:
 def _of_run(path: Path) -> _Found:
     run = Run.open(path)
     home = Home(path=run.path, environments=run.environments(), run=run)
-    cells, sources = run.manifest["cells"], {}
     try:
-        sources = {(row["cell"], row["measure"]): row.get("sources", "") for row in run.manifest["rows"]}
-        known = {cell: {**found, "suite": run.manifest["suite"]} for cell, found in cells.items()}
-    except (TypeError, KeyError, AttributeError) as error:
+        sources = {(row["cell"], row["measure"], row["hash"]): row.get("sources", "") for row in run.manifest["rows"]}
+        known = {cell: {**found, "suite": run.manifest["suite"]} for cell, found in run.manifest["cells"].items()}
+        seeds = {cell: int(found.get("seed") or 0) for cell, found in known.items()}
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise StoreError(f"{path / 'manifest.json'}: damaged ({error!r}); the run cannot be read") from error
 
     def rows() -> Iterator[Result]:
-        for key, m in run.current().items():
+        for m in run.current().values():
             where = f"{path / 'measurements.jsonl'}: {m.cell} {m.measure}"
+            _check_types(where, m)
             columns = {**known.get(m.cell, {}), **m.facts, "environment": m.environment, "code": m.hash, "unit": m.unit}
-            numbers = {name: _finite(where, name, getattr(m, name)) for name in _NUMBERS[:3]}
+            numbers = {name: _finite(where, name, getattr(m, name)) for name in _NUMBERS}
+            _check_bounds(where, numbers)
             yield Result(
                 cell=m.cell,
                 measure=m.measure,
                 status=_status(where, m.status, numbers["value"]),
                 reason=m.reason,
                 n=m.n,
-                seed=int(columns.get("seed") or 0),
-                columns={**columns, "sources": sources[key]},
+                seed=seeds.get(m.cell, 0),
+                columns={**columns, "sources": sources.get((m.cell, m.measure, m.hash), "")},
                 home=home,
                 measurement=m,
                 value=numbers["value"],
@@ -215,7 +230,8 @@ def _of_csv(path: Path) -> Iterator[Result]:
 
 
 def _of_record(where: str, record: Mapping[str, str], home: Home) -> Result:
-    numbers = {name: _number(where, name, record.get(name, "")) for name in _NUMBERS[:3]}
+    numbers = {name: _number(where, name, record.get(name, "")) for name in _NUMBERS}
+    _check_bounds(where, numbers)
     n, seed = (_number(where, name, record.get(name, "")) for name in _COUNTS)
     return Result(
         cell=record["cell"],
@@ -306,10 +322,29 @@ def _number(where: str, name: str, text: str) -> float | None:
     return _finite(where, name, value)
 
 
+def _check_types(where: str, m: Measurement) -> None:
+    """Raise StoreError for a measurement whose fields are not what they should be."""
+    texts = ("reason", "unit", "hash", "environment", "at", "status")
+    wrong = [name for name in texts if not isinstance(getattr(m, name), str)]
+    wrong += [] if isinstance(m.facts, dict) else ["facts"]
+    wrong += [] if m.n is None or (isinstance(m.n, int) and m.n > 0) else ["n"]
+    if wrong:
+        raise StoreError(f"{where}: {wrong[0]} is {getattr(m, wrong[0])!r}; the row is damaged")
+
+
 def _finite(where: str, name: str, value: float | None) -> float | None:
-    if value is not None and (isinstance(value, str | bool) or not math.isfinite(value)):
-        raise StoreError(f"{where}: {name} is {value}, not a finite number; measure the row again")
+    if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
+        raise StoreError(f"{where}: {name} is {value!r}, not a finite number; measure the row again")
     return value
+
+
+def _check_bounds(where: str, numbers: Mapping[str, float | None]) -> None:
+    """Raise StoreError for an interval without its value inside."""
+    value, low, high = (numbers[name] for name in _NUMBERS)
+    if (low is None) != (high is None) or (
+        None not in (value, low, high) and not (low or 0.0) <= (value or 0.0) <= (high or 0.0)
+    ):
+        raise StoreError(f"{where}: value {value} is not in its interval [{low}, {high}]; the row is damaged")
 
 
 def _status(where: str, status: str, value: float | None) -> str:

@@ -211,6 +211,10 @@ class Run:
             for number, record in enumerate(_lines(file), 1):
                 try:
                     measurement = Measurement(**record)
+                    if not all(isinstance(part, str) for part in measurement.key):
+                        raise TypeError("a key that is no text")
+                    if not isinstance(measurement.samples, int | None):
+                        raise TypeError("a pointer that is no number")
                 except TypeError as error:
                     raise StoreError(f"{file}:{number}: not a measurement; delete that line to go on") from error
                 if measurement.samples is None or _is_of(measurement, samples, end):

@@ -72,9 +72,12 @@ def show(findings: Sequence[Findings], console: Console) -> None:
         console.print(Text(counted(one)))
         _show_joint(one, console)
         _show_rows(one, console)
-        for absent in one.absent:
-            style = "red" if absent in one.failed else "dim"
+        others = [absent for absent in one.absent if not absent.failed]
+        for absent in (*one.failed, *others[:BRIEF_ROWS]):
+            style = "red" if absent.failed else "dim"
             console.print(Text(f"{absent.status}: {absent.cell} {absent.measure}: {absent.reason}", style=style))
+        if len(others) > BRIEF_ROWS:
+            console.print(Text(f"... and {len(others) - BRIEF_ROWS} more missing or new rows."))
         for note in one.notes:
             console.print(Text(f"{note}.", style="dim"))
         console.print()
@@ -166,8 +169,8 @@ def as_markdown(one: Findings, limit: int | None = None) -> str:
     absent = [
         f"| {a.status} | {_escaped(a.measure)} | | | `{_code(a.cell)}` {_escaped(a.reason)} |" for a in one.absent
     ]
-    failed = [line for line, row in zip(absent, one.absent, strict=True) if row in one.failed]
-    others = [line for line, row in zip(absent, one.absent, strict=True) if row not in one.failed]
+    failed = [line for line, row in zip(absent, one.absent, strict=True) if row.failed]
+    others = [line for line, row in zip(absent, one.absent, strict=True) if not row.failed]
     table = ["| verdict | measure | change, 95 % | could see | cell, why |", "|---|---|---|---|---|"]
     rows = [*failed, *map(_markdown_row, one.sorted), *others]
     fitting = rows if limit is None else _fitting(rows, limit - _size([*head, *table, *tail]) - 200)

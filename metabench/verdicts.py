@@ -65,6 +65,11 @@ class Absent:
     status: str
     reason: str = ""
 
+    @property
+    def failed(self) -> bool:
+        """Whether it is a row that the candidate should have, and that failed there."""
+        return self.status not in ("missing", "new")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Joint:
@@ -88,7 +93,7 @@ class Findings:
     @property
     def failed(self) -> tuple[Absent, ...]:
         """The rows that the candidate should have and that failed there."""
-        return tuple(one for one in self.absent if one.status not in ("missing", "new"))
+        return tuple(one for one in self.absent if one.failed)
 
     @property
     def sorted(self) -> tuple[Verdict, ...]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from dataclasses import replace
 
 import pytest
 from stored_runs import Stored, as_csv
 
-from metabench.errors import StoreError
+from metabench.compare import compare
+from metabench.errors import MetabenchError, StoreError
 from metabench.sides import load
 
 
@@ -75,7 +78,7 @@ def test_numbers_that_are_none(run, table, tmp_path):
     edit(run / "measurements.jsonl", ('"value": 10', '"value": NaN'))
     assert "adapt_flops: value is nan" in refused(run)
     edit(run / "measurements.jsonl", ('"value": NaN', '"value": "ten"'))
-    assert "adapt_flops: value is ten" in refused(run)
+    assert "adapt_flops: value is 'ten'" in refused(run)
     edit(table, (",10.0,", ",inf,"))
     assert f"{table}:3: value is inf" in refused(table)
     edit(table, (",inf,", ",ten,"))
@@ -153,3 +156,54 @@ def test_a_failure_never_hides_an_earlier_result(tmp_path):
     bad = Stored().row("maml/glyphs[x]/5w1s15q/support/cpu-float32/seed0", "adapt_flops", status="failed", reason="x")
     (row,) = load([good, bad.at(tmp_path, "b")]).rows.values()
     assert (row.status, row.value) == ("ok", 10)
+
+
+FIELDS = (
+    "cell",
+    "measure",
+    "status",
+    "reason",
+    "unit",
+    "n",
+    "value",
+    "ci_low",
+    "hash",
+    "environment",
+    "facts",
+    "samples",
+)
+ODD = (None, True, -1, 1e308, "x", "", [], [1], {}, {"a": []}, float("nan"))
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_whatever_a_field_holds_there_is_no_traceback(run, field):
+    file = run / "measurements.jsonl"
+    lines = file.read_text().splitlines()
+    for value in ODD:
+        broken = [json.dumps({**json.loads(line), field: value}) for line in lines]
+        file.write_text("\n".join(broken) + "\n")
+        with contextlib.suppress(MetabenchError):
+            compare([run], [run])
+
+
+@pytest.mark.parametrize("key", ["suite", "cells", "rows", "thresholds", "schema_version"])
+def test_whatever_a_manifest_holds_there_is_no_traceback(run, key):
+    manifest = json.loads((run / "manifest.json").read_text())
+    cell = next(iter(manifest["cells"]))
+    for value in (*ODD, [{}], [{"cell": cell}], {cell: 3}, {cell: {"seed": "x"}}):
+        (run / "manifest.json").write_text(json.dumps({**manifest, key: value}))
+        with contextlib.suppress(MetabenchError):
+            compare([run], [run])
+
+
+def test_whatever_a_machine_holds_there_is_no_traceback(run):
+    for value in (*ODD, {"matmul": []}, {"matmul": ["x"]}, {"matmul": [0]}, {"matmul": 1}):
+        (run / "environment.json").write_text(json.dumps({"e1": {"controls": value, "cpu": value}}))
+        assert compare([run], [run]).verdicts
+        (run / "environment.json").write_text(json.dumps({"e1": value}))
+        assert compare([run], [run]).verdicts
+
+
+def test_predictions_are_looked_for_in_their_folder_only(run):
+    (row,) = load([run], select="accuracy").rows.values()
+    assert replace(row, columns={"predictions": "../samples.jsonl"}).predictions() is None
