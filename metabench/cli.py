@@ -1,7 +1,8 @@
 """The command line: parse, call one library function, print, exit code. Heavy imports stay inside the commands.
 
-Data goes to standard output, progress and logs to standard error. Exit codes: 0 good, 2 usage or configuration,
-3 a cell failed or nothing ran, 130 interrupted with the partial results kept.
+Data goes to standard output, progress and logs to standard error. Exit codes: 0 good, 1 regression found, 2 usage or
+configuration, 3 a cell failed or nothing ran, 4 inconclusive or incomparable (only where asked for), 130 interrupted
+with the partial results kept.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from metabench.runner import Outcome
     from metabench.store import Run
     from metabench.suite import Suite
+    from metabench.verdicts import Findings
 
 app = typer.Typer(
     name="metabench",
@@ -44,6 +46,7 @@ DataRoot = Annotated[
     Path | None,
     typer.Option(help="Folder with data sets, e.g. DIR/omniglot/images_background.zip.", envvar="METABENCH_DATA"),
 ]
+Select = Annotated[str, typer.Option("-k", "--select", help="Only rows whose 'cell/measure' holds all of these words.")]
 DataName = Annotated[str, typer.Argument(help="A data set that has files; see `metabench data ls`.")]
 
 
@@ -101,9 +104,7 @@ def run(
     ] = None,
     out: Annotated[Path, typer.Option(help="Where run folders go.")] = DEFAULT_OUT,
     device: Annotated[str, typer.Option(help="auto (as the suite says), cpu or cuda.")] = "auto",
-    select: Annotated[
-        str, typer.Option("-k", "--select", help="Only rows whose 'cell/measure' holds all of these words.")
-    ] = "",
+    select: Select = "",
     seeds: Annotated[str | None, typer.Option(help="Seeds in the place of the suite's, e.g. 0,1,2.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Go on with the newest run of the suite, or start a new one.")
@@ -285,6 +286,120 @@ def report(
         _print_tables(data, reference)
     else:
         _print_text(render(data, format, reference))
+
+
+@app.command()
+def compare(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="A run's folder, a folder of runs, or a results.csv.")],
+    candidates: Annotated[
+        list[Path], typer.Argument(metavar="CANDIDATE...", help="The same; each is compared with BASE.")
+    ],
+    format: Annotated[str, typer.Option("--format", "-f", help="table, md, csv or json.")] = "table",
+    select: Select = "",
+    across_machines: Annotated[
+        bool,
+        typer.Option("--across-machines", help="Compare times of unlike machines too: they then speak of both."),
+    ] = False,
+) -> None:
+    """Compare stored results row by row: what changed, how sure that is, and what could have been seen.
+
+    Accuracy is paired on equal test episodes, times count on one machine whose control rows held still, counts are
+    exact. Informs and exits with 0; `metabench check` is the gate. Margins stand in the suite under `thresholds`.
+    """
+    from metabench import compare as comparison
+
+    found = [comparison.compare([base], [one], select=select, across_machines=across_machines) for one in candidates]
+    _print_findings(found, format)
+
+
+@app.command()
+def check(
+    baseline: Annotated[
+        list[Path], typer.Option(help="Stored results: a run's folder, a folder of runs, a results.csv; repeatable.")
+    ],
+    candidate: Annotated[list[Path], typer.Option(help="The results to judge; repeatable.")],
+    format: Annotated[str, typer.Option("--format", "-f", help="table, md, csv or json.")] = "table",
+    select: Select = "",
+    fail_on: Annotated[
+        str, typer.Option(help="Fail also on these: inconclusive, incomparable, missing; several with commas.")
+    ] = "",
+    junit: Annotated[Path | None, typer.Option(help="Write the verdicts as JUnit XML to this file.")] = None,
+) -> None:
+    """The gate for CI: fail where the candidate is worse than the baseline.
+
+    Exit codes: 0 no regression, 1 a row regressed, 2 usage or configuration, 3 a row failed or nothing could be
+    compared, 4 what --fail-on names. Writes GITHUB_STEP_SUMMARY, GITHUB_OUTPUT (`verdict=`) and one annotation.
+    """
+    from metabench import compare as comparison
+    from metabench import verdict_report
+
+    asked = _fail_on(fail_on)
+    verdict_report.check_format(format)
+    found = [comparison.compare(baseline, candidate, select=select)]
+    _print_findings(found, format)
+    _conclude(found, asked, junit)
+
+
+@app.command()
+def export(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or results.csv files.")],
+    to: Annotated[str, typer.Option("--to", help="pyperf, github-action-benchmark, bencher or junit.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write; a folder where there are several. Default: print it.")
+    ] = None,
+    select: Select = "",
+) -> None:
+    """Stored results in the format of another tool.
+
+    pyperf gets the times of kernels, one value per process. github-action-benchmark reads two files, for what is
+    better smaller (times, errors, counts) and what is better bigger (accuracies): give --out a folder.
+    """
+    from metabench import export as exporter
+
+    files = exporter.export(runs, to, select=select)
+    if out is not None:
+        _print_text("".join(f"{path}\n" for path in exporter.write(files, out)))
+    elif len(files) > 1:
+        raise ConfigError(f"--to {to} makes {' and '.join(files)}: name a folder for them with --out")
+    else:
+        _print_text(next(iter(files.values())))
+
+
+def _fail_on(text: str) -> list[str]:
+    from metabench.errors import did_you_mean
+    from metabench.verdicts import ASKED
+
+    asked = [word.strip() for word in text.split(",") if word.strip()]
+    for word in asked:
+        if word not in ASKED:
+            raise ConfigError(f"--fail-on {word}: no such verdict{did_you_mean(word, ASKED)}; regressions always fail")
+    return asked
+
+
+def _conclude(found: Sequence[Findings], fail_on: Sequence[str], junit: Path | None) -> NoReturn:
+    """Tell CI what a gate found, and exit with its code."""
+    from metabench import verdict_report
+    from metabench.verdicts import conclude
+
+    verdict, code = conclude(found, fail_on)
+    if junit is not None:
+        verdict_report.write_junit(junit, found)
+    if line := verdict_report.publish(found, verdict):
+        typer.echo(line, err=True)
+    typer.echo(f"verdict: {verdict}", err=True)
+    sys.exit(code)
+
+
+def _print_findings(found: Sequence[Findings], format: str) -> None:
+    """Findings on standard output, tables as wide as it is."""
+    from metabench import verdict_report
+
+    if format != "table":
+        _print_text(verdict_report.render(found, format))
+        return
+    from rich.console import Console
+
+    verdict_report.show(found, Console(width=_width(), highlight=False, emoji=False))
 
 
 @app.command()

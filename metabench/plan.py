@@ -158,6 +158,7 @@ def manifest_of(suite: Suite, rows: Sequence[Row], keep: Run | None) -> dict[str
         "reference": suite.reference,
         "evaluation": asdict(suite.evaluation),
         "resolved": suite.resolved(),
+        "thresholds": dict(suite.thresholds),
         "hash": hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:12],
         "metabench": metabench.__version__,
         "argv": ["metabench", *sys.argv[1:]],

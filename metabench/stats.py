@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy import special
 from scipy import stats as distributions
 
 Floats = npt.NDArray[np.float64]
@@ -43,6 +44,14 @@ class Interval:
     def excludes(self, value: float) -> bool:
         """Whether `value` lies outside the bounds; False without bounds, since nothing is known then."""
         return self.low is not None and self.high is not None and not self.low <= value <= self.high
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of variance of an estimate: its standard error and the degrees of freedom of that."""
+
+    se: float
+    df: float
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,21 @@ def seeds_interval(scores: Scores, *, level: float = 0.95) -> Interval:
     x = _finite(scores, ndim=2)
     if min(x.shape) == 1:
         return mean_interval(x.ravel(), level=level)
+    mean, of_seeds, of_episodes, sd = _crossed(x)
+    return _two_sources(mean, (of_seeds, x.shape[0]), (of_episodes, x.shape[1]), sd, level)
+
+
+def seed_sources(scores: Scores) -> tuple[Source, ...]:
+    """What the mean of `scores` (S seeds, E episodes) varies by, as `seeds_interval` has it; S and E are 2 or more."""
+    x = _finite(scores, ndim=2)
+    if min(x.shape) == 1:
+        raise ValueError(f"two seeds and two episodes are the least, got shape {x.shape}")
+    _, of_seeds, of_episodes, _ = _crossed(x)
+    return Source(of_seeds**0.5, x.shape[0] - 1), Source(of_episodes**0.5, x.shape[1] - 1)
+
+
+def _crossed(x: Floats) -> tuple[float, float, float, float]:
+    """Of (S seeds, E episodes): the mean, its variance by seeds and by episodes, and the sd over seeds."""
     (n_seeds, n_episodes), mean = x.shape, float(x.mean())
     by_seed, by_episode = x.mean(axis=1), x.mean(axis=0)
     residual = x - by_seed[:, None] - by_episode[None, :] + mean
@@ -104,7 +128,7 @@ def seeds_interval(scores: Scores, *, level: float = 0.95) -> Interval:
     sd = _sd(by_seed)
     of_seeds = sd**2 / n_seeds
     of_episodes = max(_sd(by_episode) ** 2 / n_episodes - ms_residual / x.size, 0.0)
-    return _two_sources(mean, (of_seeds, n_seeds), (of_episodes, n_episodes), sd, level)
+    return mean, of_seeds, of_episodes, sd
 
 
 def paired_difference(a: Scores, b: Scores, *, level: float = 0.95) -> Interval:
@@ -216,6 +240,32 @@ def smallest_visible_difference(difference: Interval, *, power: float = 0.8) -> 
     if difference.half is None or difference.se is None or difference.df is None:
         return None
     return difference.half + float(distributions.t.ppf(power, difference.df)) * difference.se
+
+
+def half_width(sources: Sequence[Source], *, tail: float) -> float:
+    """How far an estimate reaches to one side with the probability `tail` (0 to 0.5) of error.
+
+    The sources' own half widths, each with its t quantile, added in quadrature (Banerjee 1960): exact for one source,
+    conservative for more.
+    """
+    return float(np.sqrt(sum((float(special.stdtrit(one.df, tail)) * one.se) ** 2 for one in sources)))
+
+
+def tail_probability(distance: float, sources: Sequence[Source]) -> float:
+    """One-sided p: the `tail` at which `half_width` is as wide as `distance`; 1 where that is not above 0.
+
+    The p-value of a mean that lies so far beyond the null hypothesis' bound. 0 where nothing varies.
+    """
+    if distance <= 0:
+        return 1.0
+    low, high = -200.0, float(np.log(0.5))  # of the logarithm; further out, t's quantiles overflow
+    if half_width(sources, tail=float(np.exp(low))) < distance:
+        return float(np.exp(low)) if any(one.se > 0 for one in sources) else 0.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        wide = half_width(sources, tail=float(np.exp(middle))) > distance
+        low, high = (middle, high) if wide else (low, middle)
+    return float(np.exp((low + high) / 2))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

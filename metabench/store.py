@@ -211,6 +211,10 @@ class Run:
             for number, record in enumerate(_lines(file), 1):
                 try:
                     measurement = Measurement(**record)
+                    if not all(isinstance(part, str) for part in measurement.key):
+                        raise TypeError("a key that is no text")
+                    if not isinstance(measurement.samples, int | None):
+                        raise TypeError("a pointer that is no number")
                 except TypeError as error:
                     raise StoreError(f"{file}:{number}: not a measurement; delete that line to go on") from error
                 if measurement.samples is None or _is_of(measurement, samples, end):
@@ -219,16 +223,28 @@ class Run:
 
     def samples(self, measurement: Measurement) -> dict[str, Any]:
         """The raw samples of a measurement (empty when it has none)."""
-        if measurement.samples is None:
-            return {}
-        file = self.path / "samples.jsonl"
+        text = self.samples_line(measurement)
         try:
-            with file.open("rb") as handle:
-                handle.seek(measurement.samples)
-                line: dict[str, Any] = json.loads(handle.readline())
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{file}: the samples of {measurement.cell} {measurement.measure} are damaged") from error
+            line: dict[str, Any] = json.loads(text) if text else {}
+        except ValueError as error:
+            raise self._damaged(measurement) from error
         return line
+
+    def samples_line(self, measurement: Measurement) -> bytes:
+        """The raw samples of a measurement as the JSON text on the disk (empty when it has none)."""
+        if measurement.samples is None:
+            return b""
+        try:
+            with (self.path / "samples.jsonl").open("rb") as handle:
+                handle.seek(measurement.samples)
+                return handle.readline()
+        except OSError as error:
+            raise self._damaged(measurement) from error
+
+    def _damaged(self, measurement: Measurement) -> StoreError:
+        return StoreError(
+            f"{self.path / 'samples.jsonl'}: the samples of {measurement.cell} {measurement.measure} are damaged"
+        )
 
     def current(self) -> dict[Key, Measurement]:
         """The valid measurement of each of the manifest's rows: the last one, if its hash is the row's."""

@@ -65,6 +65,7 @@ class Suite:
     catalogue: Catalogue = field(repr=False, compare=False)
     timing: Timing
     points: Mapping[Cell, tuple[str, ...]] = field(repr=False)
+    thresholds: Mapping[str, Any] = field(default_factory=dict, repr=False)  # as thresholds.Thresholds.of reads them
 
     def cells(self) -> tuple[Cell, ...]:
         """Return the cells, each once: the grids', task by task, then the explicit ones, then the controls."""
@@ -81,6 +82,7 @@ class Suite:
             "controls": self.controls,
             "reference": self.reference,
             "threads": self.threads,
+            "thresholds": dict(self.thresholds),
             "cells": {cell.id: list(measures) for cell, measures in self.points.items()},
         }
 
@@ -120,6 +122,7 @@ def load_suite(name: str | Path, *, plugins: Sequence[Path] = ()) -> Suite:
         catalogue=known,
         timing=Timing(**entry.timing.model_dump()),
         points=points,
+        thresholds=entry.thresholds.model_dump(exclude_none=True, exclude_defaults=True),
     )
 
 

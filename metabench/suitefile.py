@@ -12,12 +12,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from metabench.catalogue import BUDGETS, NAME
 from metabench.cells import MEASURES, Allocator, Layout
 from metabench.errors import ConfigError, did_you_mean
+from metabench.thresholds import PERCENT, POINTS, kind_of, parse
 
 MAX_BYTES, MAX_VALUES, MAX_DEPTH, MAX_INT = 1_000_000, 100_000, 20, 2**63 - 1
 Where = tuple[str | int, ...]  # the keys and list positions that lead to a place in the file
@@ -247,6 +257,65 @@ class TimingEntry(_Entry):
     )
 
 
+def _with_unit(value: object, info: ValidationInfo) -> object:
+    """Raise ValueError for a margin without the unit of its kind, the field's name."""
+    return _margin(value, str(info.field_name))
+
+
+def _margin(value: object, kind: str) -> object:
+    try:
+        parse(value, kind)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+def _of_measures(value: object) -> object:
+    """Raise ValueError for a margin of a measure without its unit, or of no measure."""
+    for name, text in value.items() if isinstance(value, dict) else ():
+        _margin(text, kind_of(_measure(name)))
+    return value
+
+
+Percent = Annotated[
+    str | None, BeforeValidator(_with_unit), Field(json_schema_extra={"type": "string", "pattern": f"^{PERCENT}$"})
+]
+Points = Annotated[
+    str | None, BeforeValidator(_with_unit), Field(json_schema_extra={"type": "string", "pattern": f"^{POINTS}$"})
+]
+
+
+class MarginEntry(_Entry):
+    """What change is no matter, per kind of measure; what is unset comes from the suite, then from the defaults."""
+
+    time: Percent = Field(default=None, description="Margin of times; default 2%.")
+    unchanged: Percent = Field(
+        default=None, description="A time that surely changed by less counts as unchanged; default 5%."
+    )
+    accuracy: Points = Field(default=None, description="Equivalence margin of accuracies; default '0.5 points'.")
+    mse: Percent = Field(default=None, description="Equivalence margin of errors; default 5%.")
+    memory: Percent = Field(default=None, description="Margin of peaks of memory; default 5%.")
+    counts: Percent = Field(
+        default=None, description="Margin of operations, bytes, nodes and launches; default 0%: they must be equal."
+    )
+    measures: Annotated[dict[str, str], BeforeValidator(_of_measures)] = Field(
+        default={}, description="Margins of single measures: {adapt_time: 3%}."
+    )
+
+
+class OverrideEntry(MarginEntry):
+    """Margins of some cells, over the suite's; a later entry lies over an earlier one."""
+
+    algorithm: str | None = Field(default=None, description="Only cells of this algorithm.")
+    match: str = Field(default="", description="Only cells whose id holds all of these words.")
+
+
+class ThresholdsEntry(MarginEntry):
+    """Margins for comparing results of this suite."""
+
+    overrides: list[OverrideEntry] = Field(default=[], description="Margins of some cells, over the suite's.")
+
+
 class SuiteEntry(_Entry):
     """A metabench suite: what is compared, on what, and how it is measured."""
 
@@ -274,6 +343,9 @@ class SuiteEntry(_Entry):
     controls: bool = Field(default=True, description="Add every control (chance, ...) that fits the tasks.")
     reference: str | None = Field(default=None, description="The algorithm that tables compare the others with.")
     threads: Threads | None = Field(default=None, description="Threads of one cell; default: all cores.")
+    thresholds: ThresholdsEntry = Field(
+        default=ThresholdsEntry(), description="What change is no matter when results are compared."
+    )
 
 
 class Document:
@@ -417,6 +489,8 @@ _PARTS: dict[str | int, type[BaseModel]] = {
     "evaluation": EvaluationEntry,
     "timing": TimingEntry,
     "calls": CallEntry,
+    "thresholds": ThresholdsEntry,
+    "overrides": OverrideEntry,
 }
 _WANTED = {
     "int_type": "a whole number",

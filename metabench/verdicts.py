@@ -6,7 +6,7 @@ output reads: tables, summaries for CI, exit codes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,3 +54,69 @@ def overall(verdicts: Iterable[Verdict]) -> Outcome:
     """The gravest outcome of all, by `ORDER`; "incomparable" where there is none."""
     found = {one.outcome for one in verdicts}
     return next((outcome for outcome in ORDER if outcome in found), "incomparable")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Absent:
+    """A row without a verdict: `status` missing (only the base has it), new, failed, diverged or timeout; and why."""
+
+    cell: str
+    measure: str
+    status: str
+    reason: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is a row that the candidate should have, and that failed there."""
+        return self.status not in ("missing", "new")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joint:
+    """What all rows of one algorithm together say: "adapt 7 % faster; accuracy equivalent within 0.5 points"."""
+
+    algorithm: str
+    outcome: Outcome
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """A whole comparison: what every output shows. `title` names the two sides, `notes` hold for all rows."""
+
+    title: str
+    verdicts: tuple[Verdict, ...]
+    joint: tuple[Joint, ...] = ()
+    absent: tuple[Absent, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def failed(self) -> tuple[Absent, ...]:
+        """The rows that the candidate should have and that failed there."""
+        return tuple(one for one in self.absent if one.failed)
+
+    @property
+    def sorted(self) -> tuple[Verdict, ...]:
+        """The verdicts, flagged rows first, the largest change of a kind first."""
+        return tuple(sorted(self.verdicts, key=lambda v: (ORDER.index(v.outcome), v.scale, -abs(v.change or 0.0))))
+
+
+ASKED = ("inconclusive", "incomparable", "missing")
+"""What fails a gate only where that is asked for."""
+
+
+def conclude(findings: Sequence[Findings], fail_on: Collection[str] = ()) -> tuple[str, int]:
+    """The one word for a gate, and its exit code; `fail_on` holds those of `ASKED` that fail it.
+
+    1 regressed; 3 a row failed in the candidate, or nothing could be compared at all; 4 what `fail_on` names; else 0.
+    """
+    verdicts = [row for one in findings for row in one.verdicts]
+    present = {row.outcome for row in verdicts} | {row.status for one in findings for row in one.absent}
+    if "regressed" in present:
+        return "regressed", 1
+    if any(one.failed for one in findings):
+        return "failed", 3
+    if found := next((kind for kind in ASKED if kind in fail_on and kind in present), None):
+        return found, 4
+    grave = overall(verdicts)
+    return grave, 3 if all(row.outcome == "incomparable" for row in verdicts) else 0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import environ
+from stored_runs import Stored
 
 import metabench
 
@@ -17,6 +18,7 @@ PACKAGE = Path(metabench.__file__).parent
 NOBODY: set[str] = set()
 ANY = {"errors"}  # everybody may
 SUITES = {"catalogue", "cells", "suite", "suitefile"}
+COMPARISONS = {"compare", "export", "verdicts", "verdict_report"}
 TASKS = {"episodes", "backbones", "tasks"}
 
 # who may import what, of metabench; a folder stands for all in it. Imports run downwards only.
@@ -27,7 +29,8 @@ ALLOWED: dict[str, set[str]] = {
     # the suite half
     "catalogue": NOBODY,
     "cells": {"catalogue"},
-    "suitefile": {"catalogue", "cells"},
+    "thresholds": NOBODY,
+    "suitefile": {"catalogue", "cells", "thresholds"},
     "suite": {"catalogue", "cells", "suitefile"},
     # the plain half
     "stats": NOBODY,
@@ -35,6 +38,11 @@ ALLOWED: dict[str, set[str]] = {
     "store": {"cells"},
     "roofline": NOBODY,
     "verdicts": NOBODY,
+    "joint": {"thresholds", "verdicts"},
+    "sides": {"cells", "store"},
+    "compare": {"cells", "joint", "sides", "stats", "thresholds", "verdicts"},
+    "verdict_report": {"verdicts"},
+    "export": {"sides", "verdict_report"},
     "report": {"environment", "report", "roofline", "store", "stats"},
     # the torch half
     "timing": NOBODY,
@@ -62,11 +70,12 @@ ALLOWED: dict[str, set[str]] = {
     # the top
     "progress": {"runner", "store"},
     "listing": {"datasets", *SUITES},
-    "cli": {"plan", "runner", "report", "store", "progress", "listing", "doctor", *SUITES},
+    "cli": {"plan", "runner", "report", "store", "progress", "listing", "doctor", *COMPARISONS, *SUITES},
 }
 PLAIN = (
     "suite", "cells", "suitefile", "catalogue", "store", "environment", "stats", "roofline", "verdicts", "doctor",
-    "plan", "workers", "costs", "runner", "report", "cli",
+    "plan", "workers", "costs", "runner", "report", "cli", "thresholds", "joint", "sides", "compare", "verdict_report",
+    "export",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -168,9 +177,11 @@ def test_commands_that_only_read_never_load_torch(tmp_path):
 
     manifest = {"suite": "s", "controls": [], "cells": {}, "rows": [], "evaluation": {}, "reference": None}
     run = Run.create(tmp_path, "s", manifest)
+    full = Stored().count(10).at(tmp_path, "full")
     commands = [
         ["ls"], ["ls", "--json"], ["validate", "smoke"], ["validate", "--schema"], ["run", "smoke", "--plan"],
         ["report", str(run.path), "-f", "csv"], ["report", str(run.path)],
+        ["compare", str(full), str(full)], ["export", str(full), "--to", "bencher"],
     ]  # fmt: skip
     found = loaded(commands, {"torch"})
     assert len(found) == len(commands)

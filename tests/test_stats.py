@@ -7,7 +7,9 @@ from scipy import stats as reference
 
 from metabench.stats import (
     Interval,
+    Source,
     cluster_interval,
+    half_width,
     holm,
     mean_interval,
     median_interval,
@@ -17,8 +19,10 @@ from metabench.stats import (
     proportion_interval,
     rank_agreement,
     ratio,
+    seed_sources,
     seeds_interval,
     smallest_visible_difference,
+    tail_probability,
 )
 
 scores = hnp.arrays(np.float64, st.tuples(st.integers(2, 5), st.integers(2, 12)), elements=st.floats(0, 1, width=32))
@@ -280,3 +284,31 @@ def test_proportion_interval_is_the_exact_one():
     for wrong in ((1, 0), (-1, 5), (6, 5)):
         with pytest.raises(ValueError, match="trials"):
             proportion_interval(*wrong)
+
+
+def test_a_tail_probability_of_one_source_is_student_s():
+    rng = np.random.default_rng(0)
+    for n in (2, 3, 12, 400):
+        x = rng.normal(0.2, 1, n)
+        source = Source(float(x.std(ddof=1)) / n**0.5, n - 1)
+        for bound in (-0.3, 0.0, 0.1):
+            expected = reference.ttest_1samp(x, bound, alternative="greater")
+            found = tail_probability(float(x.mean()) - bound, [source])
+            assert found == (1.0 if expected.statistic <= 0 else pytest.approx(expected.pvalue, rel=1e-6))
+
+
+def test_a_tail_probability_inverts_the_half_width():
+    sources = [Source(0.3, 4), Source(0.1, 599)]
+    for tail in (0.4, 0.025, 1e-4, 1e-9):
+        assert tail_probability(half_width(sources, tail=tail), sources) == pytest.approx(tail)
+    assert tail_probability(0.1, [Source(0.0, 4)]) == 0.0
+    assert tail_probability(0.0, [Source(0.0, 4)]) == 1.0
+    assert 0 < tail_probability(1e30, [Source(1e-9, 2)]) < 1e-50
+
+
+def test_seed_sources_are_those_of_the_interval():
+    scores = np.random.default_rng(1).normal(0.9, 0.1, (5, 40)) + np.random.default_rng(2).normal(0, 0.1, (5, 1))
+    sources, whole = seed_sources(scores), seeds_interval(scores)
+    assert half_width(sources, tail=0.025) == pytest.approx(whole.half)
+    with pytest.raises(ValueError, match="two seeds"):
+        seed_sources(scores[:1])

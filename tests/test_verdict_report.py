@@ -1,0 +1,214 @@
+"""Findings as people and CI systems read them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metabench import verdict_report as out
+from metabench.errors import ConfigError
+from metabench.verdicts import ORDER, Absent, Findings, Joint, Verdict, conclude
+
+CELL = "maml[inner_steps=5]/omniglot[vinyals]/5w1s15q/support/cpu-float32/seed0"
+OUTCOMES = ("unchanged", "improved", "regressed", "incomparable", "inconclusive")
+
+
+def verdict(outcome="regressed", **more):
+    settings = {"cell": CELL, "measure": "adapt_time", "scale": "ratio", "worse": 1, "change": 0.071, "low": 0.05}
+    return Verdict(**{"high": 0.093, "detectable": 0.031, "margin": 0.02, **settings, "outcome": outcome, **more})
+
+
+def findings(*verdicts, **more):
+    return Findings(title="new against old", verdicts=verdicts or tuple(map(verdict, OUTCOMES)), **more)
+
+
+FAILED = Absent(cell=CELL, measure="accuracy", status="failed", reason="out of memory")
+MISSING = Absent(cell=CELL, measure="mse", status="missing", reason="the candidate has no such row")
+
+
+# the gate's word and exit code
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "absent", "fail_on", "expected"),
+    [
+        (["unchanged", "improved"], [], [], ("improved", 0)),
+        (["unchanged", "regressed"], [FAILED], ["inconclusive"], ("regressed", 1)),
+        (["unchanged"], [FAILED], [], ("failed", 3)),
+        (["unchanged"], [MISSING], [], ("unchanged", 0)),
+        (["unchanged"], [MISSING], ["missing"], ("missing", 4)),
+        (["unchanged", "inconclusive"], [], [], ("inconclusive", 0)),
+        (["unchanged", "inconclusive"], [], ["inconclusive"], ("inconclusive", 4)),
+        (["unchanged", "incomparable"], [], ["inconclusive"], ("incomparable", 0)),
+        (["unchanged", "incomparable"], [], ["incomparable"], ("incomparable", 4)),
+        (["incomparable", "incomparable"], [], [], ("incomparable", 3)),
+        (["incomparable"], [], ["incomparable"], ("incomparable", 4)),
+    ],
+)
+def test_the_exit_code_of_a_gate(outcomes, absent, fail_on, expected):
+    found = findings(*map(verdict, outcomes), absent=tuple(absent))
+    assert conclude([found], fail_on) == expected
+
+
+def test_nothing_at_all_is_no_pass():
+    assert conclude([]) == ("incomparable", 3)
+
+
+# words
+
+
+@pytest.mark.parametrize(
+    ("settings", "text", "seen"),
+    [
+        ({}, "+7.1 % [+5.0, +9.3]", "3.1 %"),
+        (
+            {"scale": "points", "change": -0.012, "low": -0.015, "high": -0.009},
+            "-1.20 points [-1.50, -0.90]",
+            "3.10 points",
+        ),
+        ({"scale": "exact", "change": 12.0, "low": None, "detectable": 1.0}, "+12", "1"),
+        ({"low": None}, "+7.1 %", "3.1 %"),
+        ({"change": None, "detectable": None}, "-", ""),
+        ({"high": 300.0}, "+7.1 % [+5.0, >999]", "3.1 %"),
+    ],
+)
+def test_a_change_in_words(settings, text, seen):
+    row = verdict(**settings)
+    assert (out.change(row), out.could_see(row)) == (text, seen)
+
+
+def test_every_format_lists_flagged_rows_first_and_says_what_is_absent():
+    found = findings(
+        absent=(FAILED, MISSING),
+        notes=("a note",),
+        joint=(Joint(algorithm="maml", outcome="regressed", text="adapt 7 % slower"),),
+    )
+    for format in ("table", "md"):
+        text = out.render([found], format)
+        places = [text.index(f"{outcome}") for outcome in ORDER]
+        assert min(places) == places[0]
+        for word in ("out of memory", "a note", "adapt 7 % slower", "1 regressed", "1 missing"):
+            assert word in text, (format, word)
+    assert max(map(len, out.render([found], "table").splitlines())) <= 80
+    rows = list(csv.DictReader(io.StringIO(out.render([found], "csv"))))
+    assert [row["outcome"] for row in rows] == [*ORDER, "failed", "missing"]
+    assert rows[0]["change"] == "0.071"
+    content = json.loads(out.render([found], "json"))["comparisons"][0]
+    assert (content["verdict"], content["rows"][0]["detectable"], len(content["absent"])) == ("regressed", 0.031, 2)
+
+
+def test_an_unknown_format_is_refused():
+    with pytest.raises(ConfigError, match="no format 'xml'"):
+        out.render([findings()], "xml")
+
+
+def test_infinite_numbers_are_null_in_json():
+    content = json.loads(out.render([findings(verdict(high=float("inf")))], "json"))
+    assert content["comparisons"][0]["rows"][0]["high"] is None
+
+
+def test_a_terminal_is_not_flooded():
+    found = findings(*(verdict("unchanged") for _ in range(60)), *(verdict("regressed") for _ in range(30)))
+    text = out.render([found], "table")
+    assert text.count("regressed    ") == 30
+    assert "... and 50 more unchanged rows" in " ".join(text.split())
+
+
+# Markdown
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 400), st.integers(500, 40_000))
+def test_markdown_keeps_its_cap_and_says_what_it_left_out(rows, limit):
+    found = findings(*(verdict(OUTCOMES[n % 5], cell=f"{CELL}/ü{n}") for n in range(rows)), absent=(FAILED,))
+    text = out.as_markdown(found, limit=limit)
+    assert len(text.encode()) <= limit
+    whole = out.as_markdown(found)
+    if text != whole:
+        assert "do not fit here" in text or "does not fit here" in text
+        kept, every = (t.count("| **regressed** |") for t in (text, whole))
+        assert kept == every or "| unchanged |" not in text, "flagged rows come first"
+
+
+def test_markdown_escapes_what_comes_from_results():
+    found = findings(verdict(reason="<img src=x> | [x](y) `z`", cell="a|b`c"))
+    text = out.as_markdown(found)
+    assert "<img" not in text
+    row = next(line for line in text.splitlines() if "regressed**" in line)
+    assert row.replace("\\|", "").count("|") == 6
+    assert "\\[x\\]" in row
+
+
+# CI
+
+
+def test_github_gets_a_summary_a_verdict_and_one_annotation(tmp_path):
+    files = {name: tmp_path / name for name in ("GITHUB_STEP_SUMMARY", "GITHUB_OUTPUT")}
+    environ = {**{name: str(file) for name, file in files.items()}, "GITHUB_ACTIONS": "true"}
+    files["GITHUB_STEP_SUMMARY"].write_text("before\n")
+    many = findings(*(verdict("regressed", cell=f"{CELL}/{n}") for n in range(5)))
+    line = out.publish([many], "regressed", environ=environ)
+    assert files["GITHUB_OUTPUT"].read_text() == "verdict=regressed\n"
+    assert files["GITHUB_STEP_SUMMARY"].read_text().startswith("before\n## new against old\n")
+    assert line.startswith("::error title=metabench%3A regressed::5 regressed%0A")
+    assert "\n" not in line
+    assert "+7.1 %25" in line
+    assert line.endswith("... and 2 more")
+
+
+@pytest.mark.parametrize(
+    ("verdict_", "start"),
+    [
+        ("failed", "::error "),
+        ("inconclusive", "::warning "),
+        ("contaminated", "::warning "),
+        ("unchanged", None),
+        ("improved", None),
+    ],
+)
+def test_the_level_of_the_annotation(verdict_, start):
+    line = out.annotation([findings(absent=(FAILED,))], verdict_)
+    assert (line or "").startswith(start or "") and (line is None) == (start is None)
+
+
+def test_outside_ci_nothing_is_written(tmp_path):
+    assert out.publish([findings()], "regressed", environ={}) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_summary_never_outgrows_github_s_cap(tmp_path):
+    file = tmp_path / "summary"
+    file.write_text("x" * (out.SUMMARY_BYTES - 5000))
+    many = findings(*(verdict("unchanged", cell=f"{CELL}/{n}") for n in range(200)), verdict("regressed"))
+    out.publish([many, many], "regressed", environ={"GITHUB_STEP_SUMMARY": str(file)})
+    text = file.read_text()
+    assert out.SUMMARY_BYTES - 3000 < len(text.encode()) <= out.SUMMARY_BYTES
+    assert "| **regressed** |" in text
+    assert "more rows do not fit here" in text
+
+
+def test_junit_has_a_case_per_row():
+    found = findings(absent=(FAILED, MISSING, Absent(cell=CELL, measure="x", status="new")))
+    root = ElementTree.fromstring(out.as_junit([found]))
+    (suite,) = root
+    counts = {name: suite.get(name) for name in ("tests", "failures", "errors", "skipped")}
+    assert counts == {"tests": "8", "failures": "1", "errors": "1", "skipped": "3"}
+    kinds = [case[0].tag for case in suite]
+    assert kinds == ["failure", "skipped", "skipped", "system-out", "system-out", "error", "skipped", "system-out"]
+    assert suite[0].get("classname") == CELL
+    assert "+7.1 %" in suite[0][0].get("message")
+
+
+def test_junit_holds_only_what_xml_can(tmp_path):
+    file = tmp_path / "deep/report.xml"
+    out.write_junit(file, [findings(verdict(reason="\x1b[31m<&>\x00", cell="ü\x07"))])
+    root = ElementTree.parse(file).getroot()
+    assert root[0][0].get("classname") == "ü?"
+    with pytest.raises(ConfigError, match="cannot be written"):
+        out.write_junit(tmp_path, [findings()])
