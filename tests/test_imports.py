@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "roofline": NOBODY,
     "verdicts": NOBODY,
     "report": {"environment", "report", "roofline", "store", "stats"},
+    "leaderboard": {"cells", "environment", "leaderboard", "report", "stats", "store", "suitefile"},
     # the torch half
     "timing": NOBODY,
     "counts": NOBODY,
@@ -59,14 +60,15 @@ ALLOWED: dict[str, set[str]] = {
     "worker": {"bench", "catalogue", "environment", "measure", "scoring"},
     "probe": {"environment", "roofs", "timing"},
     "doctor": {"environment"},
+    "recount": {"catalogue", "cells", "episodes"},
     # the top
     "progress": {"runner", "store"},
     "listing": {"datasets", *SUITES},
-    "cli": {"plan", "runner", "report", "store", "progress", "listing", "doctor", *SUITES},
+    "cli": {"leaderboard", "plan", "runner", "report", "store", "progress", "listing", "doctor", *SUITES},
 }
 PLAIN = (
     "suite", "cells", "suitefile", "catalogue", "store", "environment", "stats", "roofline", "verdicts", "doctor",
-    "plan", "workers", "costs", "runner", "report", "cli",
+    "plan", "workers", "costs", "runner", "report", "leaderboard", "cli",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
