@@ -44,10 +44,12 @@ app.add_typer(data_app, name="data")
 class _BuildByDefault(TyperGroup):
     """`leaderboard RUN ...` is `leaderboard build RUN ...`: what is no command of the group is a run."""
 
+    default_command = "build"
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Name the default command where none is named."""
         if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
-            args = ["build", *args]
+            args = [self.default_command, *args]
         return super().parse_args(ctx, args)
 
 
@@ -59,6 +61,7 @@ leaderboard_app = typer.Typer(
 app.add_typer(leaderboard_app, name="leaderboard")
 
 DEFAULT_OUT = Path("results/runs")
+SUMMARY_BYTES = 1_000_000  # of GITHUB_STEP_SUMMARY, which takes 1 MiB or nothing
 DataRoot = Annotated[
     Path | None,
     typer.Option(help="Folder with data sets, e.g. DIR/omniglot/images_background.zip.", envvar="METABENCH_DATA"),
@@ -381,7 +384,8 @@ def leaderboard_build(
     _print_text("".join(f"{line}\n" for line in (*built.lines, f"page: {built.page}")))
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
         with Path(summary).open("a", encoding="utf-8") as file:
-            file.write(built.markdown)
+            short = len(built.markdown.encode()) < SUMMARY_BYTES
+            file.write(built.markdown if short else "\n".join(f"- {line}" for line in built.lines) + "\n")
 
 
 @leaderboard_app.command("verify")

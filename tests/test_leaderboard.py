@@ -450,5 +450,15 @@ def test_the_command_line(tmp_path, rng):
     assert "verify" in metabench("leaderboard", "--help").stdout
 
 
+def test_making_and_verifying_a_board_never_loads_torch(tmp_path, rng):
+    from test_imports import loaded
+
+    path = str(run_of(tmp_path, rows_of({"protonet": trials(rng, 0.9), "maml": trials(rng, 0.8)})))
+    commands = [
+        ["leaderboard", path, "--out", str(tmp_path / "site")], ["leaderboard", "verify", path, "--no-episodes"],
+    ]  # fmt: skip
+    assert set(loaded(commands, {"torch"}).values()) == {"]"}
+
+
 def test_cells_in_other_words_have_other_ids():
     assert cell_of("maml", 0) == "maml[train=5w1s1q*10]/glyphs[alphabets]/5w1s15q/running/cpu-float32/seed0"

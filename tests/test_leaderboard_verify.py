@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zipfile
 
@@ -10,10 +11,12 @@ import pytest
 from conftest import metabench
 from leaderboard_runs import edited, row, run_of, trials
 
-from metabench.errors import ConfigError, NothingRan, StoreError
+from metabench.errors import ConfigError, MetabenchError, NothingRan, StoreError
 from metabench.leaderboard import leaderboard, pack, verify
+from metabench.leaderboard.collect import collect, source_of
 from metabench.report import csvfile
 from metabench.report.load import load
+from metabench.store import Run
 
 DATA, EPISODES = "glyphs[alphabets]", 12
 
@@ -151,6 +154,44 @@ def test_data_that_is_not_here_is_not_called_verified(tmp_path):
     path = run_of(tmp_path, [row("maml", s, x, data="mine[only]") for s, x in enumerate(table)])
     (audit,) = verify([path])
     assert audit.problems == () and any("not made anew" in text for text in audit.unchecked)
+
+
+@pytest.mark.parametrize("wrong", [None, "x", -1, {"a": []}])
+@pytest.mark.parametrize("file", ["measurements.jsonl", "samples.jsonl"])
+def test_no_value_of_a_line_brings_more_than_a_message(run, file, wrong):
+    lines = (run / file).read_text().splitlines()
+    record = json.loads(lines[0])
+    for name in record:
+        changed = [json.dumps({**record, name: wrong}), *lines[1:]]
+        (run / file).write_text("\n".join(changed) + "\n")
+        for attempt in (lambda: problems(run), lambda: collect([source_of(Run.open(run))])):
+            with contextlib.suppress(MetabenchError):
+                attempt()
+
+
+@pytest.mark.parametrize("wrong", [None, "x", [[]], {"a": 1}])
+def test_no_value_of_a_manifest_brings_more_than_a_message(run, wrong):
+    for file in ("manifest.json", "environment.json"):
+        text = (run / file).read_text()
+        for name in json.loads(text):
+            (run / file).write_text(json.dumps({**json.loads(text), name: wrong}))
+            for attempt in (lambda: problems(run), lambda: collect([source_of(Run.open(run))])):
+                with contextlib.suppress(MetabenchError):
+                    attempt()
+        (run / file).write_text(json.dumps(wrong))
+        with contextlib.suppress(MetabenchError):
+            problems(run)
+        (run / file).write_text(text)
+
+
+def test_a_run_handed_in_twice_is_found_out(tmp_path, run):
+    import shutil
+
+    copied = shutil.copytree(run, tmp_path / "copy")
+    first, second = verify([run, copied], episodes=False)
+    assert first.problems == () and [one.what for one in second.problems] == [
+        f"holds results of {run} again: a result counts once"
+    ]
 
 
 def test_an_unknown_schema_and_an_empty_run_are_refused(run, tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from metabench.errors import ConfigError, NothingRan, StoreError
 from metabench.leaderboard import bundle, files, site
-from metabench.leaderboard.audit import Audit, audit
+from metabench.leaderboard.audit import Audit, Problem, audit, results_of
 from metabench.leaderboard.boardfile import BoardEntry, read_board
 from metabench.leaderboard.boards import Board, boards
 from metabench.leaderboard.collect import Source, collect, regular, source_of
@@ -94,10 +94,14 @@ def verify(runs: Sequence[Path], *, episodes: bool = True) -> list[Audit]:
 
     Raises StoreError for what cannot be read as a run at all; what does not add up is in the audits.
     """
-    audits = []
+    audits: list[Audit] = []
+    seen: dict[tuple[object, ...], Path] = {}
     for path in runs:
         with _reading(path) as run:
-            audits.append(audit(run, episodes=episodes))
+            found = audit(run, episodes=episodes)
+            others = {seen.setdefault(key, path) for key in results_of(run)} - {path}
+        twice = [Problem(str(path), f"holds results of {other} again: a result counts once") for other in others]
+        audits.append(replace(found, problems=(*found.problems, *twice)))
     return audits
 
 

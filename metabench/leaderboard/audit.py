@@ -27,6 +27,7 @@ from metabench.leaderboard.collect import (
     check_scores,
     coordinates,
     is_control,
+    measured,
     plain,
     quality,
     regular,
@@ -84,10 +85,10 @@ def audit(run: Run, *, episodes: bool = True) -> Audit:
     check_manifest(run)
     found = _Findings(run)
     _whole_lines(found)
-    measured = run.measurements()
-    rows = [(row, measured.get((row["cell"], row["measure"]))) for row in run.manifest["rows"]]
+    stored = measured(run)
+    rows = [(row, stored.get((row["cell"], row["measure"]))) for row in run.manifest["rows"]]
     good = [one for row, one in rows if one and one.status == "ok" and one.hash == row["hash"]]
-    lost = _lost(run, measured)
+    lost = _lost(run, stored)
     for key in lost:
         found.wrong(f"{run.path / 'measurements.jsonl'}: {key[0]} {key[1]}", "its raw samples are not in samples.jsonl")
     if not good and not lost:
@@ -105,6 +106,15 @@ def audit(run: Run, *, episodes: bool = True) -> Audit:
     return Audit(str(run.path), tuple(found.counts.items()), tuple(found.unchecked), tuple(found.problems))
 
 
+def results_of(run: Run) -> set[tuple[object, ...]]:
+    """What tells the run's results of quality from those of another run, which takes another second to get them."""
+    return {
+        (one.cell, one.measure, one.at, one.value)
+        for one in run.current().values()
+        if one.status == "ok" and quality(one.measure) and not is_control(one.cell.partition("[")[0].partition("/")[0])
+    }
+
+
 def _whole_lines(found: _Findings) -> None:
     """A run under way may end in half a line; one that is handed in may not."""
     for name in ("measurements.jsonl", "samples.jsonl"):
@@ -119,7 +129,7 @@ def _whole_lines(found: _Findings) -> None:
                 found.wrong(str(file), "ends in half a line: the run was killed; run its suite again to finish it")
 
 
-def _lost(run: Run, measured: Mapping[tuple[str, str], Measurement]) -> list[tuple[str, str]]:
+def _lost(run: Run, stored: Mapping[tuple[str, str], Measurement]) -> list[tuple[str, str]]:
     """Rows of the plan that have a line, but whose pointer leads to no raw samples: reading passes them over."""
     file = run.path / "measurements.jsonl"
     named: dict[tuple[str, str], str] = {}
@@ -127,7 +137,7 @@ def _lost(run: Run, measured: Mapping[tuple[str, str], Measurement]) -> list[tup
         record = json.loads(line)
         named[str(record.get("cell")), str(record.get("measure"))] = str(record.get("status"))
     planned = {(row["cell"], row["measure"]) for row in run.manifest["rows"]}
-    return [key for key, status in named.items() if status == "ok" and key in planned and key not in measured]
+    return [key for key, status in named.items() if status == "ok" and key in planned and key not in stored]
 
 
 def _figure(found: _Findings, one: Measurement, scores: dict[tuple[str, str], Floats]) -> None:

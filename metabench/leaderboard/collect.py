@@ -163,6 +163,32 @@ def check_manifest(run: Run) -> None:
         seen.add(key)
 
 
+TEXTS = ("cell", "measure", "status", "reason", "unit", "hash", "environment", "at")
+NUMBERS = ("n", "value", "ci_low", "ci_high", "sd", "samples")
+
+
+def measured(run: Run) -> dict[Key, Measurement]:
+    """The run's measurements. Raises StoreError, naming the row, for a field that is not of its type."""
+    file = run.path / "measurements.jsonl"
+    try:
+        found = run.measurements()
+    except (TypeError, AttributeError, OverflowError) as error:
+        raise StoreError(f"{file}: damaged: a row's pointer into samples.jsonl is no position ({error})") from error
+    for one in found.values():
+        wrong = [name for name in TEXTS if not isinstance(getattr(one, name), str)]
+        wrong += [name for name in NUMBERS if not _optional_number(getattr(one, name))]
+        wrong += [] if isinstance(one.facts, dict) else ["facts"]
+        if wrong:
+            raise StoreError(f"{file}: {plain(one.cell)} {plain(one.measure)}: {wrong[0]} is of a wrong type")
+    if not isinstance(run.environments(), dict):
+        raise StoreError(f"{run.path / 'environment.json'}: must be a mapping of machines; the run is damaged")
+    return found
+
+
+def _optional_number(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
 def coordinates(run: Run, cell: str) -> dict[str, Any]:
     """A cell's coordinates: from its id, with what only the manifest knows. Raises StoreError where they disagree."""
     stated = run.manifest["cells"][cell]
@@ -200,12 +226,12 @@ def collect(
     tried: dict[tuple[str, str, str], set[tuple[str, str]]] = {}
     environments: dict[str, Mapping[str, Any]] = {}
     for source in sources:
-        measured = source.run.measurements()
-        for key, measurement in measured.items():
+        rows = measured(source.run)
+        for key, measurement in rows.items():
             if quality(key[1]) and measurement.status == "ok":
                 _count_tried(tried, source, key[0])
         environments |= {name: facts for name, facts in source.run.environments().items() if isinstance(facts, dict)}
-        for one in _rows(source, measured, withdrawn):
+        for one in _rows(source, rows, withdrawn):
             if isinstance(one, Score):
                 scores.append(one)
             else:
@@ -252,14 +278,14 @@ def tried_key(submitter: str, known: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _rows(
-    source: Source, measured: Mapping[Key, Measurement], withdrawn: Callable[[Source, str], bool]
+    source: Source, found_rows: Mapping[Key, Measurement], withdrawn: Callable[[Source, str], bool]
 ) -> Iterator[Score | Cost]:
     run = source.run
     for row in run.manifest["rows"]:
         key = row["cell"], row["measure"]
         if withdrawn(source, re.split(r"[\[/]", key[0], maxsplit=1)[0]):
             continue
-        found = measured.get(key)
+        found = found_rows.get(key)
         if found is not None and found.hash not in (row["hash"], "not-here"):
             found = None
         if quality(key[1]):
