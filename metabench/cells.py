@@ -388,6 +388,31 @@ def parse_id(text: str, catalogue: Catalogue) -> Cell:
     return cell
 
 
+def coordinates_of(text: str) -> dict[str, Any]:
+    """What a cell id says by itself, without a catalogue: the columns of results.csv that stand in it.
+
+    `trained` and `data` are its first two segments, `call` its last one ("" for the default call). For ids out of files
+    that others wrote: a plug-in need not be here. Raises ConfigError if it is no cell id.
+    """
+    match = _ID.fullmatch(text)
+    try:
+        if match is None:
+            raise ValueError
+        trained, data, *shape, norm, device, precision, seed, call = match.groups()
+        ways, shots, queries, stream = _parse_shape(shape)
+        (algorithm, items), (dataset, (split, *parts)) = _unbracket(trained), _unbracket(data)
+        settings, drawn = dict(map(_pair, items)), dict(map(_pair, parts))
+    except ValueError:
+        raise ConfigError(f"not a cell id: {text[:200]!r}") from None
+    return {
+        "trained": trained, "data": data, "call": call or "", "algorithm": algorithm, "dataset": dataset,
+        "split": split, "rotations": drawn.get("rotations", "none"), "within": drawn.get("within", "none"),
+        "ways": ways, "shots": shots, "queries": queries, "stream": stream, "norm": norm,
+        "bn_mode": "transductive" if norm == "batch" else "inductive", "device": device, "precision": precision,
+        "seed": int(seed), "train_spec": settings.get("train", ""),
+    }  # fmt: skip
+
+
 def _parse_trained(text: str, catalogue: Catalogue) -> tuple[Plugin, dict[str, Value], TrainSpec | None]:
     """Return the algorithm, its parameters and its training from an id's first segment."""
     name, items = _unbracket(text)
@@ -399,15 +424,8 @@ def _parse_trained(text: str, catalogue: Catalogue) -> tuple[Plugin, dict[str, V
 
 def _parse_task(text: str, shape: Sequence[str | None], catalogue: Catalogue) -> Task:
     """Return the task from an id's second segment and the digits of its third."""
-    name, (split, *items) = _unbracket(text)
-    dataset = catalogue.dataset(name)
-    if split not in dataset.meta["splits"]:
-        raise ValueError(f"{name} has no split {split!r}")
-    pairs = dict(_pair(item) for item in items)
-    rotations, within = pairs.pop("rotations", "none"), pairs.pop("within", "none")
-    params = {key: _parse(value) for key, value in pairs.items()}
-    if dataset.check({**params, "split": split}) or "split" in params:
-        raise ValueError(f"wrong parameters of {name}")
+    name, params, rotations, within = _parse_data(text, catalogue)
+    dataset, split = catalogue.dataset(name), str(params.pop("split"))
     ways, shots, queries, stream = _parse_shape(shape)
     task = Task(
         dataset=dataset,
@@ -424,6 +442,30 @@ def _parse_task(text: str, shape: Sequence[str | None], catalogue: Catalogue) ->
     if not known or (ways is None) != (task.kind == "regression"):
         raise ValueError(f"no such task of {name}")
     return task
+
+
+def parse_data(text: str, catalogue: Catalogue) -> tuple[str, dict[str, Value], str, str]:
+    """Return what an id's second segment names: the data set, its parameters (split too), rotations and within.
+
+    Raises ConfigError where the catalogue has no such data.
+    """
+    try:
+        return _parse_data(text, catalogue)
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise ConfigError(f"not a data set's part of a cell id: {text!r}: {error}") from error
+
+
+def _parse_data(text: str, catalogue: Catalogue) -> tuple[str, dict[str, Value], str, str]:
+    name, (split, *items) = _unbracket(text)
+    dataset = catalogue.dataset(name)
+    if split not in dataset.meta["splits"]:
+        raise ValueError(f"{name} has no split {split!r}")
+    pairs = dict(_pair(item) for item in items)
+    rotations, within = pairs.pop("rotations", "none"), pairs.pop("within", "none")
+    params = {key: _parse(value) for key, value in pairs.items()}
+    if dataset.check({**params, "split": split}) or "split" in params:
+        raise ValueError(f"wrong parameters of {name}")
+    return name, {**params, "split": split}, rotations, within
 
 
 def _parse_train(text: str) -> TrainSpec:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -509,12 +510,17 @@ _WANTED = {
 }
 
 
-def _explain(detail: ErrorDetails) -> str:
-    """Return one of pydantic's errors in the words of a suite."""
+def explain(
+    detail: ErrorDetails, parts: Mapping[str | int, type[BaseModel]] = _PARTS, top: type[BaseModel] = SuiteEntry
+) -> str:
+    """Return one of pydantic's errors in the words of a suite, or of another file whose model is `top`.
+
+    `parts` are the models below a key, whose fields an unknown key is compared with.
+    """
     keys = [part for part in detail["loc"] if isinstance(part, str)]
     name, value = ".".join(keys) or "a suite", detail["input"]
     if detail["type"] == "extra_forbidden":
-        part = next((_PARTS[key] for key in reversed(keys[:-1]) if key in _PARTS), SuiteEntry)
+        part = next((parts[key] for key in reversed(keys[:-1]) if key in parts), top)
         return f"unknown key {keys[-1]!r}{did_you_mean(keys[-1], part.model_fields)}"
     if detail["type"] == "missing":
         return f"{name} is missing: add it"
@@ -541,7 +547,7 @@ def validate(document: Document) -> SuiteEntry | None:
                 bad.add(_present(document, detail["loc"]))
                 # Once bad parts are out, what is missing or too short is only their consequence.
                 if attempt == 0 or detail["type"] == "value_error":
-                    document.report(detail["loc"], _explain(detail))
+                    document.report(detail["loc"], explain(detail))
         if () in bad:
             return None
         document.prune(bad)

@@ -60,6 +60,8 @@ def test_commands_flags_and_suites_in_the_documents_exist(file):
         words = tuple(word for word in called if not word.startswith("-"))
         name = next((words[:n] for n in (2, 1, 0) if words[:n] in COMMANDS), ())
         assert name or not words, f"{file.name}: no command {called[0]!r}"
+        default = getattr(COMMANDS[name], "default_command", None)
+        name = (*name, default) if default else name
         flags = {flag for p in COMMANDS[name].params for flag in (*p.opts, *p.secondary_opts)} | {"-h", "--help"}
         for word in called:
             flag = word.partition("=")[0].strip("[]")

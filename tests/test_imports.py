@@ -44,6 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "verdict_report": {"verdicts"},
     "export": {"sides", "verdict_report"},
     "report": {"environment", "report", "roofline", "store", "stats"},
+    "leaderboard": {"cells", "environment", "leaderboard", "report", "stats", "store", "suitefile"},
     # the torch half
     "timing": NOBODY,
     "counts": NOBODY,
@@ -67,15 +68,16 @@ ALLOWED: dict[str, set[str]] = {
     "worker": {"bench", "catalogue", "environment", "measure", "scoring"},
     "probe": {"environment", "roofs", "timing"},
     "doctor": {"environment"},
+    "recount": {"catalogue", "cells", "episodes"},
     # the top
     "progress": {"runner", "store"},
     "listing": {"datasets", *SUITES},
-    "cli": {"plan", "runner", "report", "store", "progress", "listing", "doctor", *COMPARISONS, *SUITES},
+    "cli": {"leaderboard", "plan", "runner", "report", "store", "progress", "listing", "doctor", *COMPARISONS, *SUITES},
 }
 PLAIN = (
     "suite", "cells", "suitefile", "catalogue", "store", "environment", "stats", "roofline", "verdicts", "doctor",
     "plan", "workers", "costs", "runner", "report", "cli", "thresholds", "joint", "sides", "compare", "verdict_report",
-    "export",
+    "export", "leaderboard",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
 from metabench.errors import StoreError
 from metabench.report.model import RunData
 from metabench.store import Key, Measurement, Run
+
+MAX_BYTES, MAX_CLASSES = 2**28, 10**6  # of one cell's predictions: what is beyond is no run of ours
 
 
 def load(paths: Sequence[Path]) -> RunData:
@@ -77,27 +80,44 @@ def _scores(run: Run, measurement: Measurement) -> Iterator[dict[str, Any]]:
         yield {"episode": number, "hash": name, "score": score}
 
 
-def _credit(run: Run, measurement: Measurement) -> Iterator[dict[str, Any]]:
-    """Per class of the data set: its queries and the sum of their credit.
+def class_credit(run: Run, measurement: Measurement) -> dict[int, tuple[float, float]]:
+    """Per class of the data set: its queries and the sum of their credit; empty where no predictions are kept.
 
     Episodes weigh alike, as in the score: where they ask unlike numbers of queries (streams, how many of their classes
     come k times), each of a query's counts is the mean number over its episode's own.
+
+    Raises:
+        StoreError: the file is damaged, or the row names one outside the run's folder.
     """
     name = measurement.facts.get("predictions")
-    file = run.path / "predictions" / str(name)
-    if not name or not file.is_file():
-        return
+    if not name:
+        return {}
+    folder = run.path / "predictions"
+    file = folder / str(name)
+    if file.name != name or file.is_symlink() or folder.is_symlink():
+        raise StoreError(f"{run.path}: {measurement.cell}: its predictions {name!r} are no file of the run")
+    if not file.is_file():
+        return {}
     try:
+        with ZipFile(file) as archive:
+            if sum(member.file_size for member in archive.infolist()) > MAX_BYTES:
+                raise ValueError("it unpacks to more than any run writes")
         with np.load(file) as kept:
             ties, labels, classes = kept["ties"], kept["labels"].astype(np.int64), kept["classes"]
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        if classes.size and not 0 <= classes.min() <= classes.max() < MAX_CLASSES:
+            raise ValueError("a class number is out of range")
+        credit = np.where(ties > 0, 1.0 / np.maximum(ties, 1), 0.0)
+        asked = labels < classes.shape[1]  # any other label stands for a query that does not count
+        counts = asked.sum(axis=1, keepdims=True)
+        weights = asked * (counts.mean() / np.maximum(counts, 1))
+        of_query = np.take_along_axis(classes, np.where(asked, labels, 0), axis=1).ravel()
+        queries = np.bincount(of_query, weights=weights.ravel())
+        sums = np.bincount(of_query, weights=(credit * weights).ravel())
+    except (OSError, ValueError, KeyError, EOFError, IndexError, TypeError, zlib.error, BadZipFile) as error:
         raise StoreError(f"{file}: damaged ({error}); delete it to go on without intervals by class") from error
-    credit = np.where(ties > 0, 1.0 / np.maximum(ties, 1), 0.0)
-    asked = labels < classes.shape[1]  # any other label stands for a query that does not count
-    counts = asked.sum(axis=1, keepdims=True)
-    weights = asked * (counts.mean() / np.maximum(counts, 1))
-    of_query = np.take_along_axis(classes, np.where(asked, labels, 0), axis=1).ravel()
-    queries = np.bincount(of_query, weights=weights.ravel())
-    sums = np.bincount(of_query, weights=(credit * weights).ravel())
-    for number in np.flatnonzero(queries):
-        yield {"class": int(number), "queries": float(queries[number]), "credit": float(sums[number])}
+    return {int(number): (float(queries[number]), float(sums[number])) for number in np.flatnonzero(queries)}
+
+
+def _credit(run: Run, measurement: Measurement) -> Iterator[dict[str, Any]]:
+    for number, (queries, credit) in class_credit(run, measurement).items():
+        yield {"class": number, "queries": queries, "credit": credit}

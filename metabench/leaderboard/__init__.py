@@ -1,0 +1,155 @@
+"""Leaderboards: runs of many machines and people merged into pages that claim no more than the numbers support.
+
+`leaderboard` makes the site, `verify` recomputes what a run states, `pack` makes the file that is handed in. Nothing
+here runs anything but a process that makes test episodes anew; torch is never imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from metabench.errors import ConfigError, NothingRan, StoreError
+from metabench.leaderboard import bundle, files, site
+from metabench.leaderboard.audit import Audit, Problem, audit, results_of
+from metabench.leaderboard.boardfile import BoardEntry, read_board
+from metabench.leaderboard.boards import Board, boards
+from metabench.leaderboard.collect import Source, collect, regular, source_of
+from metabench.leaderboard.summary import Summary, summaries
+from metabench.report.model import RESULT_COLUMNS
+from metabench.store import Run
+
+__all__ = ["Audit", "Board", "Built", "Summary", "leaderboard", "pack", "verify"]
+
+RAW = ("manifest.json", "environment.json", "measurements.jsonl", "samples.jsonl")
+
+
+@dataclass(frozen=True)
+class Built:
+    """What was made: the page, the files beside it, and the boards in it."""
+
+    page: Path
+    markdown: str
+    boards: tuple[Board, ...]
+
+    @property
+    def lines(self) -> list[str]:
+        """One line for each board."""
+        return [f"{board.title}: {' '.join(files.sentences(board)[:1])}" for board in self.boards]
+
+
+def leaderboard(runs: Sequence[Path], out: Path, *, board: Path | None = None, check: bool = False) -> Built:
+    """Merge runs (folders or bundles) into a site in `out`: index.html, leaderboard.csv and .md, badge.svg, runs/.
+
+    `board` is a board file. With `check` every run is verified first: its rows are `recomputed`, not `claimed`.
+
+    Raises:
+        StoreError: a run is damaged, states what its raw scores do not give, is handed in twice, or does not verify.
+        ConfigError: the board file is wrong.
+        NothingRan: no run has a row of quality on a protocol of the board.
+    """
+    entry = read_board(board) if board else BoardEntry()
+    with contextlib.ExitStack() as stack:
+        sources = [source_of(stack.enter_context(_reading(path))) for path in runs]
+        unknown = [w.run for w in entry.withdrawals if w.run not in {source.run.name for source in sources}]
+        if unknown:
+            raise ConfigError(f"{board}: withdrawals: no run is called {unknown[0]!r}; name the run's folder")
+        kept = [one for one in sources if not any(w.takes(one, None) for w in entry.withdrawals)]
+        if check:
+            kept = [_verified(one) for one in kept]
+        found = collect(kept, lambda one, name: any(w.takes(one, name) for w in entry.withdrawals))
+        made = [one for one in boards(found, min_seeds=entry.min_seeds) if entry.shows(one.protocol)]
+        made = [replace(one, number=number) for number, one in enumerate(made, 1)]
+        if not any(one.quality for each in made for one in each.standings):
+            raise NothingRan(
+                "no run has a result of accuracy or mse on a protocol of this board; "
+                "look at `metabench report RUN` and at the board file's protocols"
+            )
+        across = summaries(made, entry.sources)
+        folders = _folders(kept)
+        markdown = files.leaderboard_md(entry.title, made, across)
+        page = site.page(
+            title=entry.title,
+            description=entry.description,
+            boards=made,
+            summaries=across,
+            runs=[(one, folders[id(one)]) for one in kept],
+            withdrawals=[(w.run, w.algorithm or "all rows", w.reason) for w in entry.withdrawals],
+            environments=found.environments,
+        )
+        bundle.write(out / "leaderboard.csv", files.leaderboard_csv(made).encode())
+        bundle.write(out / "leaderboard.md", markdown.encode())
+        bundle.write(out / "badge.svg", files.badge_svg(made).encode())
+        for one in kept:
+            _copy(one, out / "runs" / folders[id(one)])
+        bundle.write(out / "index.html", page.encode("utf-8", "backslashreplace"))
+    return Built(out / "index.html", markdown, tuple(made))
+
+
+def verify(runs: Sequence[Path], *, episodes: bool = True) -> list[Audit]:
+    """Recompute every figure of these runs (folders or bundles); with `episodes` also the test episodes, from the data.
+
+    Raises StoreError for what cannot be read as a run at all; what does not add up is in the audits.
+    """
+    audits: list[Audit] = []
+    seen: dict[tuple[object, ...], Path] = {}
+    for path in runs:
+        with _reading(path) as run:
+            found = audit(run, episodes=episodes)
+            others = {seen.setdefault(key, path) for key in results_of(run)} - {path}
+        twice = [Problem(str(path), f"holds results of {other} again: a result counts once") for other in others]
+        audits.append(replace(found, problems=(*found.problems, *twice)))
+    return audits
+
+
+def pack(run: Path, out: Path, *, submitter: str) -> Path:
+    """Verify a run's figures and write its bundle into the folder `out`; the board makes the episodes anew.
+
+    Raises StoreError where it does not add up.
+    """
+    with _reading(run) as opened:
+        _verified(source_of(opened), episodes=False)
+        return bundle.pack(opened, out, submitter)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[Run]:
+    """A run or a bundle; JSON that is nested to break us is damage like any other."""
+    try:
+        with bundle.opened(path) as run:
+            yield run
+    except RecursionError as error:
+        raise StoreError(f"{path}: damaged: nested too deeply") from error
+
+
+def _verified(source: Source, *, episodes: bool = True) -> Source:
+    found = audit(source.run, episodes=episodes)
+    if found.problems:
+        raise StoreError("\n".join(f"{one.where}: {one.what}" for one in found.problems))
+    return replace(source, trust="recomputed")
+
+
+def _folders(sources: Sequence[Source]) -> dict[int, str]:
+    """A folder name for each run, harmless and each once."""
+    taken: dict[str, int] = {}
+    names = {}
+    for source in sources:
+        safe = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in source.run.name).lstrip(".")
+        name = safe[:100] or "run"
+        taken[name] = taken.get(name, 0) + 1
+        names[id(source)] = name if taken[name] == 1 else f"{name}-{taken[name]}"
+    return names
+
+
+def _copy(source: Source, folder: Path) -> None:
+    """The raw rows beside the page, and results.csv made anew with formulas defused."""
+    bundle.write(folder / "results.csv", files.table(RESULT_COLUMNS, source.run.rows()).encode("utf-8", "replace"))
+    for name in RAW:
+        if (file := regular(source.run, name)) is not None:
+            try:
+                shutil.copyfile(file, folder / name)
+            except OSError as error:
+                raise StoreError(f"{folder / name}: cannot be written ({error.strerror or error})") from error

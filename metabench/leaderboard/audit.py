@@ -1,0 +1,401 @@
+"""Whether a run adds up: every stated figure made anew from raw rows, every episode from the data set."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import numpy.typing as npt
+
+from metabench import environment
+from metabench.errors import NothingRan, StoreError
+from metabench.leaderboard.collect import (
+    agree,
+    check_manifest,
+    check_scores,
+    coordinates,
+    is_control,
+    measured,
+    plain,
+    quality,
+    regular,
+)
+from metabench.report import csvfile
+from metabench.report.model import RunData
+from metabench.stats import Floats, median_interval
+from metabench.store import Measurement, Run
+
+EPISODES_SECONDS = 600.0  # for making the episodes of one run anew
+VOLATILE = ("readings", "roofs", "controls", "disturbances")  # of an environment: not in its name
+CREDIT = 1e-12
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that does not add up: where, and what is stated against what was found."""
+
+    where: str
+    what: str
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was checked of a run, how much of it, what could not be checked here and why, and what is wrong."""
+
+    run: str
+    checked: tuple[tuple[str, int], ...]
+    unchecked: tuple[str, ...]
+    problems: tuple[Problem, ...]
+
+
+@dataclass
+class _Findings:
+    run: Run
+    counts: dict[str, int] = field(default_factory=dict)
+    unchecked: dict[str, None] = field(default_factory=dict)
+    problems: dict[Problem, None] = field(default_factory=dict)
+
+    def count(self, what: str, number: int = 1) -> None:
+        self.counts[what] = self.counts.get(what, 0) + number
+
+    def wrong(self, where: str, what: str) -> None:
+        self.problems[Problem(plain(where, 500), what)] = None
+
+    def refuse(self, error: StoreError) -> None:
+        """Note an error of reading as a problem: its message begins with the place."""
+        where, colon, what = str(error).partition(": ")
+        self.wrong(where, what if colon else str(error))
+
+
+def audit(run: Run, *, episodes: bool = True) -> Audit:
+    """Recompute what the run states. Raises StoreError where it cannot be read, NothingRan where it has no result."""
+    check_manifest(run)
+    found = _Findings(run)
+    _whole_lines(found)
+    stored = measured(run)
+    rows = [(row, stored.get((row["cell"], row["measure"]))) for row in run.manifest["rows"]]
+    good = [one for row, one in rows if one and one.status == "ok" and one.hash == row["hash"]]
+    lost = _lost(run, stored)
+    for key in lost:
+        found.wrong(f"{run.path / 'measurements.jsonl'}: {key[0]} {key[1]}", "its raw samples are not in samples.jsonl")
+    if not good and not lost:
+        raise NothingRan(f"{run.path}: no finished row; there is nothing to verify")
+    scores: dict[tuple[str, str], Floats] = {}
+    for one in good:
+        _figure(found, one, scores)
+    _repeated(found, scores)
+    _environments(found, good)
+    _derived(found)
+    if episodes:
+        _episodes(found, [one for one in good if (one.cell, one.measure) in scores])
+    else:
+        found.unchecked["the test episodes were not made anew (--no-episodes)"] = None
+    return Audit(str(run.path), tuple(found.counts.items()), tuple(found.unchecked), tuple(found.problems))
+
+
+def results_of(run: Run) -> set[tuple[object, ...]]:
+    """What tells the run's results of quality from those of another run, which takes another second to get them."""
+    return {
+        (one.cell, one.measure, one.at, one.value)
+        for one in run.current().values()
+        if one.status == "ok" and quality(one.measure) and not is_control(one.cell.partition("[")[0].partition("/")[0])
+    }
+
+
+def _whole_lines(found: _Findings) -> None:
+    """A run under way may end in half a line; one that is handed in may not."""
+    for name in ("measurements.jsonl", "samples.jsonl"):
+        file = regular(found.run, name)
+        if file is None:
+            found.wrong(str(found.run.path / name), "is missing")
+            continue
+        with file.open("rb") as handle:
+            size = handle.seek(0, 2)
+            handle.seek(max(0, size - 1))
+            if size and handle.read(1) != b"\n":
+                found.wrong(str(file), "ends in half a line: the run was killed; run its suite again to finish it")
+
+
+def _lost(run: Run, stored: Mapping[tuple[str, str], Measurement]) -> list[tuple[str, str]]:
+    """Rows of the plan that have a line, but whose pointer leads to no raw samples: reading passes them over."""
+    file = run.path / "measurements.jsonl"
+    named: dict[tuple[str, str], str] = {}
+    for line in file.read_bytes().split(b"\n")[:-1] if file.is_file() else []:
+        record = json.loads(line)
+        named[str(record.get("cell")), str(record.get("measure"))] = str(record.get("status"))
+    planned = {(row["cell"], row["measure"]) for row in run.manifest["rows"]}
+    return [key for key, status in named.items() if status == "ok" and key in planned and key not in stored]
+
+
+def _figure(found: _Findings, one: Measurement, scores: dict[tuple[str, str], Floats]) -> None:
+    """One row: its coordinates, and its figures from its raw samples."""
+    run = found.run
+    where = f"{run.path / 'measurements.jsonl'}: {plain(one.cell)} {plain(one.measure)}"
+    try:
+        known = coordinates(run, one.cell)
+        if quality(one.measure) or one.measure in ("val_accuracy", "mse_before"):
+            values, digest = check_scores(run, one)
+            stated = one.facts.get("episodes_hash")
+            if stated != digest:
+                found.wrong(where, f"episodes_hash is {plain(stated)}, its episodes give {digest}")
+            scores[one.cell, one.measure] = values
+            found.count("scores", len(values))
+            found.count("figures of quality")
+            _count(found, where, len(values))
+            _predictions(found, where, one, values, known)
+        elif one.measure == "train_time":
+            seconds = run.samples(one).get("seconds")
+            agree(where, "value", one.value, float(np.median(_numbers(where, seconds))))
+            found.count("times")
+        elif isinstance(processes := one.facts.get("processes"), list) and processes:
+            anew = median_interval(_numbers(where, processes))
+            for name, value in (("value", anew.value), ("ci_low", anew.low), ("ci_high", anew.high)):
+                agree(where, name, getattr(one, name), value, optional=name != "value")
+            found.count("times")
+        else:
+            agree(where, "value", one.value, _number(where, one.value))
+            found.unchecked["counts, and times of one process, have no raw rows: they stay as claimed"] = None
+        _steps(found, where, one, known)
+    except StoreError as error:
+        found.refuse(error)
+
+
+def _number(where: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise StoreError(f"{where}: value is {plain(value)}, which is no finite number")
+    return float(value)
+
+
+def _numbers(where: str, values: object) -> list[float]:
+    if not isinstance(values, list) or not values:
+        raise StoreError(f"{where}: no raw samples")
+    found = [_number(where, value) for value in values]
+    if min(found) <= 0:
+        raise StoreError(f"{where}: a time must be above 0")
+    return found
+
+
+def _count(found: _Findings, where: str, episodes: int) -> None:
+    evaluation = found.run.manifest.get("evaluation")
+    declared = evaluation.get("episodes") if isinstance(evaluation, dict) else None
+    if declared is not None and declared != episodes:
+        found.wrong(where, f"has {episodes} test episodes, the manifest's protocol {plain(declared)}")
+
+
+def _steps(found: _Findings, where: str, one: Measurement, known: Mapping[str, Any]) -> None:
+    """A training is as long as its row says."""
+    budget = str(known["train_spec"]).rpartition("*")[2]
+    steps = one.facts.get("train_steps")
+    if budget.isdecimal() and steps is not None and steps != int(budget):
+        found.wrong(where, f"trained for {plain(steps)} steps, its cell says {budget}")
+
+
+def _predictions(found: _Findings, where: str, one: Measurement, scores: Floats, known: Mapping[str, Any]) -> None:
+    """The scores again, from what every query was answered."""
+    name = one.facts.get("predictions")
+    file = regular(found.run, f"predictions/{Path(str(name)).name}") if name else None
+    if file is None or file.name != name:
+        what = f"names predictions {plain(name)} that are not there" if name else ""
+        if what:
+            found.wrong(where, what)
+        else:
+            found.unchecked[f"{one.measure}: no predictions were kept: scores are taken as they stand"] = None
+        return
+    try:
+        with np.load(file) as kept:
+            predicted, ties, labels, classes = (
+                kept[part].astype(np.int64) for part in ("predicted", "ties", "labels", "classes")
+            )
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zlib.error, BadZipFile) as error:
+        found.wrong(str(file), f"damaged ({error})")
+        return
+    wrong = _answers(scores, predicted, ties, labels, classes, known)
+    if wrong:
+        found.wrong(str(file), f"{wrong} (predictions of {plain(one.cell)} {one.measure})")
+    else:
+        found.count("predictions", labels.size)
+
+
+def _answers(
+    scores: Floats, predicted: Ints, ties: Ints, labels: Ints, classes: Ints, known: Mapping[str, Any]
+) -> str | None:
+    """What is wrong with the answers to (E, m) queries, or None."""
+    ways, queries = known["ways"], known["queries"]
+    shape = (len(scores), ways * queries) if ways and queries else labels.shape
+    if not labels.shape == ties.shape == predicted.shape == shape or classes.shape != (len(scores), ways):
+        return f"answers of shape {labels.shape} where the cell has {shape}"
+    if not all(0 <= part.min() <= part.max() < ways for part in (labels, predicted)) or ties.min() < 0:
+        return "a label is not among the ways"
+    if queries and any((np.bincount(row, minlength=ways) != queries).any() for row in labels):
+        return f"an episode does not have {queries} queries of each class"
+    if ((ties == 1) != (predicted == labels))[ties <= 1].any() or ties.max() > ways:
+        return "an answer is credited that does not name the label, or the other way round"
+    credit = np.where(ties > 0, 1.0 / np.maximum(ties, 1), 0.0).mean(1)
+    off = np.flatnonzero(np.abs(credit - scores) > CREDIT)
+    if len(off):
+        return f"episode {off[0]} scores {scores[off[0]]} in samples.jsonl, its answers give {credit[off[0]]}"
+    return None
+
+
+def _repeated(found: _Findings, scores: Mapping[tuple[str, str], Floats]) -> None:
+    """Two trainings that agree on every episode are one, handed in twice."""
+    seen: dict[tuple[str, str, bytes], str] = {}
+    for (cell, measure), values in scores.items():
+        head, _, tail = cell.partition("/seed")
+        if (
+            "train=" not in head
+            or is_control(head.partition("[")[0])
+            or np.ptp(values) == 0
+            or measure == "accuracy_at_1"
+        ):
+            continue
+        other = seen.setdefault((head + "/".join(tail.split("/")[1:]), measure, values.tobytes()), cell)
+        if other != cell:
+            found.wrong(
+                f"{found.run.path / 'samples.jsonl'}: {plain(cell)} {measure}",
+                f"the same {len(values)} scores as {plain(other)}: a seed that changes nothing is no second seed",
+            )
+
+
+def _environments(found: _Findings, good: Sequence[Measurement]) -> None:
+    """Each row's machine is described, and its name follows from the description."""
+    described = found.run.environments()
+    for name in dict.fromkeys(one.environment for one in good):
+        facts = described.get(name)
+        where = str(found.run.path / "environment.json")
+        if not isinstance(facts, dict):
+            found.wrong(where, f"does not describe environment {plain(name)}, which rows name")
+            continue
+        stable = {key: value for key, value in facts.items() if key not in VOLATILE}
+        if environment.name(stable) != name:
+            found.wrong(
+                where, f"{plain(name)}: its description gives the name {environment.name(stable)}: it was edited"
+            )
+        else:
+            found.count("environments")
+
+
+def _derived(found: _Findings) -> None:
+    """results.csv, where there is one, is what the rows give."""
+    file = regular(found.run, "results.csv")
+    if file is None:
+        return
+    anew = _table(csvfile.results(RunData.of(found.run.rows()).rows))
+    try:
+        stated = _table(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, csv.Error) as error:
+        found.wrong(str(file), f"cannot be read ({error})")
+        return
+    for key in anew.keys() - stated.keys():
+        found.wrong(f"{file}: {' '.join(key)}", "the row is missing")
+    for key, (line, row) in stated.items():
+        if key not in anew:
+            found.wrong(f"{file}:{line}", f"{plain(' '.join(key))}: no such row in measurements.jsonl")
+            continue
+        for name, value in row.items():
+            real = anew[key][1].get(name, value)  # a column that this version does not have is not judged
+            if name != "run" and value != real and not _close(value, real):
+                found.wrong(f"{file}:{line}", f"{plain(name)} is {plain(value)!r}, the rows give {real!r}")
+    found.count("lines of results.csv", len(stated))
+
+
+def _table(text: str) -> dict[tuple[str, str], tuple[int, dict[str, str]]]:
+    """The lines by cell and measure, each with its number. Raises ValueError for what is no results.csv."""
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    if not {"cell", "measure"} <= set(reader.fieldnames or ()):
+        raise ValueError("it lacks the columns cell and measure")
+    found: dict[tuple[str, str], tuple[int, dict[str, str]]] = {}
+    for row in reader:
+        key = row["cell"] or "", row["measure"] or ""
+        if key in found:
+            raise ValueError(f"line {reader.line_num}: {plain(' '.join(key))} stands there twice")
+        found[key] = reader.line_num, {str(name): value or "" for name, value in row.items()}
+    return found
+
+
+def _close(a: str, b: str) -> bool:
+    try:
+        return math.isclose(float(a), float(b), rel_tol=1e-12)
+    except ValueError:
+        return False
+
+
+# episodes
+
+
+def _episodes(found: _Findings, rows: Sequence[Measurement]) -> None:
+    """Make the test episodes of every protocol anew, in a process of its own that has torch, and compare."""
+    questions: dict[str, dict[str, Any]] = {}
+    asked: dict[str, list[Measurement]] = {}
+    for one in rows:
+        question = _question(found.run, one)
+        key = json.dumps(question, sort_keys=True)
+        questions.setdefault(key, question)
+        asked.setdefault(key, []).append(one)
+    for key, answer in zip(questions, _recount(list(questions.values())), strict=True):
+        for one in asked[key]:
+            _compare(found, one, answer)
+
+
+def _question(run: Run, one: Measurement) -> dict[str, Any]:
+    known = coordinates(run, one.cell)
+    evaluation = run.manifest.get("evaluation")
+    seed = evaluation.get("seed") if isinstance(evaluation, dict) else None
+    names = ("data", "ways", "shots", "queries", "stream")
+    return {
+        **{name: known[name] for name in names},
+        "subset": "val" if one.measure == "val_accuracy" else "test",
+        "seed": seed if isinstance(seed, int) else 0,
+        "count": one.n,
+    }
+
+
+def _recount(questions: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    command = [sys.executable, "-m", "metabench.recount"]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(questions), capture_output=True, text=True, timeout=EPISODES_SECONDS, check=True
+        )
+        yield from json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        last = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1:]
+        reason = plain(last[0] if last else type(error).__name__)
+        yield from ({"unknown": f"the process that makes them failed: {reason}"} for _ in questions)
+
+
+def _compare(found: _Findings, one: Measurement, answer: Mapping[str, Any]) -> None:
+    where = f"{found.run.path / 'samples.jsonl'}: {plain(one.cell)} {plain(one.measure)}"
+    if "unknown" in answer:
+        found.unchecked[f"test episodes not made anew: {answer['unknown']}"] = None
+        return
+    ids = found.run.samples(one)["episodes"]
+    right = answer["ids"]
+    if ids != right:
+        place = next(n for n, pair in enumerate(zip(ids, right, strict=True)) if pair[0] != pair[1])
+        other = next((name for name, hashes in answer["others"].items() if hashes == ids[: len(hashes)]), None)
+        what = f"they are those of the {other} classes" if other else f"episode {place} is {plain(ids[place])}"
+        found.wrong(where, f"not the test episodes of this protocol: {what}, where the data set gives {right[place]}")
+        return
+    pixels = one.facts.get("pixels")
+    if pixels is not None and answer["pixels"] is not None and pixels != answer["pixels"]:
+        found.wrong(where, f"pixels hash is {plain(pixels)}, the data set here has {answer['pixels']}")
+    found.count("test episodes", len(ids))
+    file = found.run.path / "predictions" / Path(str(one.facts.get("predictions"))).name
+    if answer["classes"] is not None and file.is_file():
+        with np.load(file) as kept:
+            classes = kept["classes"].astype("<i8").tobytes()
+        if hashlib.sha256(classes).hexdigest() != answer["classes"]:
+            found.wrong(str(file), "its classes are not those of the test episodes")

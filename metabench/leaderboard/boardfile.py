@@ -1,0 +1,90 @@
+"""board.yaml: what a board's maintainers decided, read strictly, every mistake with its line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from metabench.leaderboard.boards import Protocol
+from metabench.leaderboard.collect import Source
+from metabench.leaderboard.ranking import MIN_SEEDS
+from metabench.suitefile import Count, Document, Seed, Ways, explain
+
+
+class _Entry(BaseModel):
+    """What all parts have in common: unknown keys and wrong types are errors."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ProtocolEntry(_Entry):
+    """A protocol that the board shows; what is left out may be anything."""
+
+    dataset: str | None = Field(default=None, description="The data set.")
+    split: str | None = Field(default=None, description="Its split.")
+    measure: str | None = Field(default=None, description="accuracy, mse or accuracy_at_K.")
+    ways: Ways | None = Field(default=None, description="Classes of a task.")
+    shots: Count | None = Field(default=None, description="Support examples per class.")
+    queries: Count | None = Field(default=None, description="Query examples per class.")
+    stream: Count | None = Field(default=None, description="The length of a stream.")
+    rotations: str | None = Field(default=None, description="How images are turned.")
+    within: str | None = Field(default=None, description="What the classes of a task have in common.")
+    bn_mode: Literal["inductive", "transductive"] | None = Field(default=None, description="Whether queries are used.")
+    selection: Literal["last", "val"] | None = Field(default=None, description="Which weights are tested.")
+    episodes: Count | None = Field(default=None, description="How many test episodes.")
+    episode_seed: Seed | None = Field(default=None, description="Their seed.")
+    episodes_hash: str | None = Field(default=None, description="Their hash, as results.csv has it.")
+
+    def fits(self, protocol: Protocol) -> bool:
+        """Whether a protocol is this one, as far as it is written down."""
+        wanted = self.model_dump(exclude_none=True)
+        return all(getattr(protocol, name) == value for name, value in wanted.items())
+
+
+class WithdrawalEntry(_Entry):
+    """Results that count no more: a run's, of one algorithm or of all, with the reason that the page gives."""
+
+    run: str = Field(description="The run folder's name.")
+    algorithm: str | None = Field(default=None, description="Only the rows of this algorithm.")
+    reason: Annotated[str, Field(min_length=1)] = Field(description="Why; shown on the page.")
+
+    def takes(self, source: Source, algorithm: str | None) -> bool:
+        """Whether it is about these rows (None: about the whole run)."""
+        return self.run == source.run.name and self.algorithm in (None, algorithm)
+
+
+class BoardEntry(_Entry):
+    """A metabench leaderboard: which protocols it has, what a rank takes, and what was withdrawn."""
+
+    title: str = Field(default="Leaderboard", description="The page's title.")
+    description: str = Field(default="", description="One or two sentences below the title.")
+    protocols: list[ProtocolEntry] | None = Field(
+        default=None, min_length=1, description="The protocols shown; default: all that the runs have."
+    )
+    min_seeds: Annotated[int, Field(ge=MIN_SEEDS, le=1000)] = Field(
+        default=MIN_SEEDS, description="Training seeds that a rank takes."
+    )
+    sources: dict[str, str] = Field(
+        default={}, description="The image source of a data set, where two data sets draw on one."
+    )
+    withdrawals: list[WithdrawalEntry] = Field(default=[], description="Results that count no more, with reasons.")
+
+    def shows(self, protocol: Protocol) -> bool:
+        """Whether the board has this protocol."""
+        return self.protocols is None or any(one.fits(protocol) for one in self.protocols)
+
+
+def read_board(file: Path) -> BoardEntry:
+    """Read a board file. Raises ConfigError with every mistake, each with its line."""
+    document = Document(file)
+    document.raise_problems()
+    try:
+        return BoardEntry.model_validate({} if document.data is None else document.data)
+    except ValidationError as error:
+        parts: dict[str | int, type[BaseModel]] = {"protocols": ProtocolEntry, "withdrawals": WithdrawalEntry}
+        for detail in error.errors(include_url=False):
+            document.report(detail["loc"], explain(detail, parts, BoardEntry))
+        document.raise_problems()
+        raise

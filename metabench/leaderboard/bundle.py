@@ -1,0 +1,144 @@
+"""A run as one file to hand in, and such a file as a run again: every member named and hashed, nothing outside it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import re
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from metabench.errors import ConfigError, StoreError
+from metabench.leaderboard.collect import SUBMISSION, plain, regular
+from metabench.store import Run
+
+SCHEMA = 1  # of submission.json
+FILES = ("manifest.json", "environment.json", "measurements.jsonl", "samples.jsonl", "results.csv")
+MEMBER = re.compile(
+    r"(?P<run>[A-Za-z0-9][A-Za-z0-9._-]*)/"
+    rf"(?P<name>{'|'.join(map(re.escape, (*FILES, SUBMISSION)))}|predictions/[0-9a-f]{{16}}\.npz)"
+)
+MAX_BYTES, MAX_MEMBERS = 4 * 2**30, 100_000
+EPOCH = (1980, 1, 1, 0, 0, 0)  # the same bytes whenever a run is packed
+
+
+def pack(run: Run, out: Path, submitter: str) -> Path:
+    """Write `<out>/<run>.zip`: the run's files and a submission.json with their hashes. The same run, the same bytes.
+
+    Derived tables, logs and checkpoints stay behind. Raises StoreError for files that are links or cannot be read,
+    ConfigError without a submitter.
+    """
+    if not submitter.strip() or plain(submitter.strip(), 80) != submitter.strip():
+        raise ConfigError("--submitter: give a name of 1 to 80 printable characters, e.g. --submitter 'Ada Lovelace'")
+    files = {name: file.read_bytes() for name, file in _files(run).items()}
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
+    record = {"schema_version": SCHEMA, "submitter": submitter.strip(), "run": run.name, "files": hashes}
+    files[SUBMISSION] = (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        for name in sorted(files):
+            member = zipfile.ZipInfo(f"{run.name}/{name}", EPOCH)
+            member.compress_type, member.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+            archive.writestr(member, files[name])
+    target = out / f"{run.name}.zip"
+    write(target, buffer.getvalue())
+    return target
+
+
+def _files(run: Run) -> dict[str, Path]:
+    """What belongs to a submission: raw rows, and the predictions that they name."""
+    found = {name: file for name in FILES if (file := regular(run, name))}
+    for measurement in run.current().values():
+        name = measurement.facts.get("predictions")
+        if name and (file := regular(run, f"predictions/{Path(str(name)).name}")):
+            found[f"predictions/{file.name}"] = file
+    if strange := [name for name in found if not MEMBER.fullmatch(f"{run.name}/{name}")]:
+        raise StoreError(f"{run.path}: {plain(strange[0])} is no name that a run writes; it cannot be packed")
+    return found
+
+
+def write(file: Path, data: bytes) -> None:
+    """Write a file in one move. Raises StoreError where the disk refuses."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        temporary.replace(file)
+    except OSError as error:
+        raise StoreError(f"{file}: cannot be written ({error.strerror or error})") from error
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Run]:
+    """A run folder, or a bundle unpacked for as long as it is read.
+
+    Raises:
+        StoreError: neither; a bundle that is damaged, holds a file that its hashes do not name, or is too large.
+    """
+    if not path.is_file():
+        yield Run.open(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="metabench-") as folder:
+        yield Run.open(_unpack(path, Path(folder)))
+
+
+def _unpack(path: Path, folder: Path) -> Path:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            name = _check(path, members)
+            for member in members:
+                target = folder / member.filename
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(archive.read(member))
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise StoreError(f"{path}: no run folder and no bundle that can be read ({error})") from error
+    _check_hashes(path, folder / name)
+    return folder / name
+
+
+def _check(path: Path, members: list[zipfile.ZipInfo]) -> str:
+    """The run's name. Raises StoreError for a member that a bundle does not have, before anything is unpacked."""
+    found = [MEMBER.fullmatch(member.filename) for member in members]
+    for member, match in zip(members, found, strict=True):
+        if match is None or member.is_dir():
+            raise StoreError(
+                f"{path}: {plain(member.filename)} does not belong in a bundle; make it with leaderboard pack"
+            )
+    names = {match["run"] for match in found if match}
+    if len(names) != 1 or len({m.filename for m in members}) != len(members):
+        raise StoreError(f"{path}: a bundle holds one run, and each file once")
+    if sum(member.file_size for member in members) > MAX_BYTES or len(members) > MAX_MEMBERS:
+        raise StoreError(f"{path}: a bundle of more than {MAX_BYTES:,} bytes or {MAX_MEMBERS:,} files is not read")
+    return names.pop()
+
+
+def _check_hashes(path: Path, run: Path) -> None:
+    record = submission(run)
+    found = {
+        str(file.relative_to(run)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(run.rglob("*"))
+        if file.is_file() and file.name != SUBMISSION
+    }
+    for name in sorted({*found, *record["files"]}):
+        if found.get(name) != record["files"].get(name):
+            raise StoreError(f"{path}: {plain(name)} is not what {SUBMISSION} says: it was changed, added or lost")
+
+
+def submission(run: Path) -> dict[str, Any]:
+    """A bundle's submission.json. Raises StoreError where there is none that can be read."""
+    file = run / SUBMISSION
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if record["schema_version"] != SCHEMA or not isinstance(record["files"], dict):
+            raise StoreError(f"{file.name}: of schema {plain(record['schema_version'])}, this metabench reads {SCHEMA}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StoreError(f"{file.name}: cannot be read ({error}); make the bundle again") from error
+    found: dict[str, Any] = record
+    return found

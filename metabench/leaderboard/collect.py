@@ -1,0 +1,397 @@
+"""Runs in, plain scores and costs out: the one place where a leaderboard reads a disk, and trusts nothing it reads.
+
+Result files come from anybody. What stands in a cell's id is taken from there and must agree with the manifest; a
+figure is made anew from its raw scores and must agree with what is stated; text is text, whatever it holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from metabench.cells import coordinates_of
+from metabench.errors import ConfigError, StoreError
+from metabench.report.load import class_credit
+from metabench.report.model import CONTROLS
+from metabench.stats import Floats, mean_interval
+from metabench.store import FINAL, Key, Measurement, Run
+
+Trust = Literal["claimed", "recomputed", "re-run"]
+SUBMISSION = "submission.json"
+LOCAL = ""  # the submitter of a run without a submission file: whoever builds the board
+STATED = ("cell", "algorithm", "dataset", "split", "rotations", "within", "ways", "shots", "queries", "stream", "norm",
+          "bn_mode", "device", "precision", "seed", "train_spec")  # fmt: skip
+TIMES = ("adapt_time", "train_time")
+TOLERANCE = 1e-9  # between a stated figure and the one made anew, relative
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """One run as it was handed in: its folder, who sent it, how far it is trusted."""
+
+    run: Run
+    submitter: str
+    trust: Trust
+
+    @property
+    def name(self) -> str:
+        """The run's name as shown."""
+        return plain(self.run.name)
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """One cell's quality in one run: the score of every test episode, or a status with its reason.
+
+    `scores` (E,) is None where there is none; `credit` maps a class to its (queries, credit), where the predictions
+    were handed in. `coordinates` are those of `cells.coordinates_of` with params, selection and backbone; `code` is
+    what tells two versions of an algorithm's sources apart.
+    """
+
+    source: Source
+    cell: str
+    measure: str
+    coordinates: Mapping[str, Any]
+    code: str
+    episode_seed: int | None
+    episodes_hash: str = ""
+    pixels: str = ""
+    status: str = "ok"
+    reason: str = ""
+    at: str = ""
+    environment: str = ""
+    scores: Floats | None = None
+    credit: Mapping[int, tuple[int, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Cost:
+    """One cell's cost in one run: a value per independent process in seconds (times), or one count."""
+
+    source: Source
+    cell: str
+    measure: str
+    coordinates: Mapping[str, Any]
+    environment: str
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Everything a leaderboard is made of; `tried` counts configurations by (submitter, algorithm, data, task)."""
+
+    sources: tuple[Source, ...]
+    scores: tuple[Score, ...]
+    costs: tuple[Cost, ...]
+    tried: Mapping[tuple[str, str, str], int]
+    environments: Mapping[str, Mapping[str, Any]]
+
+
+def plain(text: object, limit: int = 300) -> str:
+    """Text of others as one line that plays no tricks: no control characters, none that turn the writing around."""
+    shown = str(text)
+    if not (shown.isascii() and shown.isprintable()):
+        shown = "".join(" " if c in "\n\t\r" else c if _harmless(c) else "\ufffd" for c in shown)
+    return shown if len(shown) <= limit else f"{shown[:limit]}…"
+
+
+def _harmless(char: str) -> bool:
+    return char.isprintable() and unicodedata.category(char) != "Cf"
+
+
+def source_of(run: Run, trust: Trust = "claimed") -> Source:
+    """A run as a source. Raises StoreError where its manifest does not hold together or a file of it is a link."""
+    for name in ("manifest.json", "measurements.jsonl", "samples.jsonl", "environment.json"):
+        regular(run, name)
+    check_manifest(run)
+    return Source(run, submitter_of(run), trust)
+
+
+def regular(run: Run, name: str) -> Path | None:
+    """The file of that name inside the run's folder, or None where there is none.
+
+    Raises StoreError for a link or anything else that is no plain file inside it: a run folder of others must not make
+    us read, or publish, our own files.
+    """
+    file = run.path / name
+    if not file.exists() and not file.is_symlink():
+        return None
+    if file.is_symlink() or not file.is_file() or run.path not in file.resolve().parents:
+        raise StoreError(f"{file}: not a plain file of the run; links are not followed")
+    return file
+
+
+def submitter_of(run: Run) -> str:
+    """Who handed the run in, as its submission file says; empty for a run of our own. Raises StoreError if damaged."""
+    file = regular(run, SUBMISSION)
+    if file is None:
+        return LOCAL
+    try:
+        name = json.loads(file.read_text(encoding="utf-8"))["submitter"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StoreError(f"{file}: cannot be read ({error}); make the bundle again") from error
+    if not isinstance(name, str) or not name.strip():
+        raise StoreError(f"{file}: the submitter must be a name")
+    return plain(name.strip(), 80)
+
+
+def check_manifest(run: Run) -> None:
+    """Raise StoreError, naming the place, where a manifest's cells and rows are not what reading relies on."""
+    file = run.path / "manifest.json"
+    cells, rows = run.manifest["cells"], run.manifest["rows"]
+    if not isinstance(cells, dict) or not isinstance(rows, list):
+        raise StoreError(f"{file}: cells must be a mapping and rows a list; the run is damaged")
+    seen: set[Key] = set()
+    for number, row in enumerate(rows):
+        where = f"{file}: rows[{number}]"
+        if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("cell", "measure", "hash")):
+            raise StoreError(f"{where}: a row has a cell, a measure and a hash, all text; the run is damaged")
+        key = row["cell"], row["measure"]
+        if key in seen:
+            raise StoreError(f"{where}: {key[0]} {key[1]} is listed twice; keep one of the rows")
+        if not isinstance(cells.get(key[0]), dict):
+            raise StoreError(f"{where}: its cell {plain(key[0])} is not among the manifest's cells")
+        seen.add(key)
+
+
+TEXTS = ("cell", "measure", "status", "reason", "unit", "hash", "environment", "at")
+NUMBERS = ("n", "value", "ci_low", "ci_high", "sd", "samples")
+
+
+def measured(run: Run) -> dict[Key, Measurement]:
+    """The run's measurements. Raises StoreError, naming the row, for a field that is not of its type."""
+    file = run.path / "measurements.jsonl"
+    try:
+        found = run.measurements()
+    except (TypeError, AttributeError, OverflowError) as error:
+        raise StoreError(f"{file}: damaged: a row's pointer into samples.jsonl is no position ({error})") from error
+    for one in found.values():
+        wrong = [name for name in TEXTS if not isinstance(getattr(one, name), str)]
+        wrong += [name for name in NUMBERS if not _optional_number(getattr(one, name))]
+        wrong += [] if isinstance(one.facts, dict) else ["facts"]
+        if wrong:
+            raise StoreError(f"{file}: {plain(one.cell)} {plain(one.measure)}: {wrong[0]} is of a wrong type")
+    if not isinstance(run.environments(), dict):
+        raise StoreError(f"{run.path / 'environment.json'}: must be a mapping of machines; the run is damaged")
+    return found
+
+
+def _optional_number(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def coordinates(run: Run, cell: str) -> dict[str, Any]:
+    """A cell's coordinates: from its id, with what only the manifest knows. Raises StoreError where they disagree."""
+    stated = run.manifest["cells"][cell]
+    try:
+        found = {"cell": cell, **coordinates_of(cell)}
+    except ConfigError as error:
+        raise StoreError(f"{run.path / 'manifest.json'}: {error}") from error
+    for name in STATED:
+        # a run of an earlier version states fewer of them, and a stream's shots and queries as none
+        if name in stated and _unlike(stated[name], found[name]):
+            raise StoreError(
+                f"{run.path / 'manifest.json'}: cell {plain(cell)}: {name} is {plain(stated[name])!r} there, "
+                f"{found[name]!r} in the cell's id"
+            )
+    known = {name: stated.get(name) or "" for name in ("params", "selection")}
+    if not all(isinstance(value, str) for value in known.values()):
+        raise StoreError(f"{run.path / 'manifest.json'}: cell {plain(cell)}: params and selection must be text")
+    return {**found, **known}
+
+
+def _unlike(stated: object, found: object) -> bool:
+    return (stated or None) != (found or None) and not (stated == 0 and found == 0)
+
+
+def collect(
+    sources: Sequence[Source], withdrawn: Callable[[Source, str], bool] = lambda source, algorithm: False
+) -> Collected:
+    """Read every run, without the rows of algorithms that `withdrawn` says were taken back (they still count as tried).
+
+    Raises:
+        StoreError: a run is damaged, is handed in twice, or states a figure that its raw scores do not give.
+    """
+    scores: list[Score] = []
+    costs: list[Cost] = []
+    tried: dict[tuple[str, str, str], set[tuple[str, str]]] = {}
+    environments: dict[str, Mapping[str, Any]] = {}
+    for source in sources:
+        rows = measured(source.run)
+        for key, measurement in rows.items():
+            if quality(key[1]) and measurement.status == "ok":
+                _count_tried(tried, source, key[0])
+        environments |= {name: facts for name, facts in source.run.environments().items() if isinstance(facts, dict)}
+        for one in _rows(source, rows, withdrawn):
+            if isinstance(one, Score):
+                scores.append(one)
+            else:
+                costs.append(one)
+    _refuse_twice(scores)
+    return Collected(tuple(sources), tuple(scores), tuple(costs), {k: len(v) for k, v in tried.items()}, environments)
+
+
+def quality(measure: str) -> bool:
+    """Whether a measure may head a board: accuracy, that at a presentation, or the error; never that on validation."""
+    return measure in ("accuracy", "mse") or measure.startswith("accuracy_at_")
+
+
+def _refuse_twice(scores: Sequence[Score]) -> None:
+    """The same cell with the same scores at the same second is one result, in whatever folder it lies."""
+    seen: dict[tuple[str, ...], Score] = {}
+    for score in scores:
+        if score.scores is None or is_control(score.coordinates["algorithm"]):
+            continue
+        digest = hashlib.sha256(score.scores.tobytes()).hexdigest()
+        other = seen.setdefault((score.cell, score.measure, score.at, score.episodes_hash, digest), score)
+        if other.source is not score.source:
+            raise StoreError(
+                f"{score.source.run.path}: {plain(score.cell)} is the same result as in {other.source.run.path}: "
+                "a result counts once; name only one of these runs, or withdraw one in the board file"
+            )
+
+
+def _count_tried(tried: dict[tuple[str, str, str], set[tuple[str, str]]], source: Source, cell: str) -> None:
+    """What was ever scored counts, whether or not the manifest still lists it."""
+    try:
+        known = coordinates_of(cell)
+    except ConfigError:
+        return
+    task = f"{known['data']} {known['ways']} {known['shots']} {known['queries']} {known['stream']}"
+    who = source.submitter, str(known["algorithm"]), task
+    tried.setdefault(who, set()).add((str(known["trained"]), str(known["norm"])))
+
+
+def tried_key(submitter: str, known: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The key of `Collected.tried` for a cell's coordinates."""
+    task = f"{known['data']} {known['ways']} {known['shots']} {known['queries']} {known['stream']}"
+    return submitter, str(known["algorithm"]), task
+
+
+def _rows(
+    source: Source, found_rows: Mapping[Key, Measurement], withdrawn: Callable[[Source, str], bool]
+) -> Iterator[Score | Cost]:
+    run = source.run
+    for row in run.manifest["rows"]:
+        key = row["cell"], row["measure"]
+        if withdrawn(source, re.split(r"[\[/]", key[0], maxsplit=1)[0]):
+            continue
+        found = found_rows.get(key)
+        if found is not None and found.hash not in (row["hash"], "not-here"):
+            found = None
+        if quality(key[1]):
+            yield _score(source, row, found)
+        elif found is not None and found.status == "ok" and (key[1] in TIMES or key[1] == "adapt_flops"):
+            yield from _cost(source, row, found)
+
+
+def _score(source: Source, row: Mapping[str, Any], found: Measurement | None) -> Score:
+    run, cell, measure = source.run, row["cell"], row["measure"]
+    sources = row.get("sources")
+    code = sources[:12] if isinstance(sources, str) and sources else f"run {source.name}"
+    evaluation = run.manifest.get("evaluation")
+    seed = evaluation.get("seed") if isinstance(evaluation, dict) else None
+    known = coordinates(run, cell)
+    base = Score(source, cell, measure, known, code, seed if isinstance(seed, int) else None)
+    if found is None:
+        return _with(base, status="missing", reason="never measured, or not with the code that the manifest names")
+    known = {**known, "backbone": plain(found.facts.get("backbone") or "")}
+    base = _with(base, coordinates=known, at=str(found.at), environment=plain(found.environment))
+    if found.status != "ok":
+        return _with(base, status=plain(found.status), reason=plain(found.reason or "no reason recorded"))
+    scores, digest = check_scores(run, found)
+    stated = found.facts.get("episodes_hash")
+    if stated and stated != digest:
+        raise StoreError(f"{_place(run, found)}: episodes_hash is {plain(stated)}, its episodes give {digest}")
+    return _with(
+        base,
+        episodes_hash=digest,
+        pixels=plain(found.facts.get("pixels") or ""),
+        scores=scores,
+        credit=class_credit(run, found),
+    )
+
+
+def _with(score: Score, **changes: Any) -> Score:
+    return Score(**{**vars(score), **changes})
+
+
+def check_scores(run: Run, found: Measurement) -> tuple[Floats, str]:
+    """The raw scores (E,) of a finished row and the hash of its episodes.
+
+    Raises StoreError where there are none, one is out of range, an episode comes twice, or the stated figures (n,
+    value, interval, sd) are not those of the scores.
+    """
+    where = _place(run, found)
+    samples = run.samples(found)
+    raw, ids = samples.get("scores"), samples.get("episodes")
+    if not isinstance(raw, list) or not isinstance(ids, list) or not raw:
+        raise StoreError(f"{where}: no raw scores: every figure must follow from its episodes")
+    if len(raw) != len(ids):
+        raise StoreError(f"{where}: {len(raw)} scores for {len(ids)} episodes in samples.jsonl")
+    try:
+        names = "".join(ids).encode("utf-8", "backslashreplace")
+        scores = np.array(raw, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise StoreError(f"{where}: a raw score is no number, or an episode's hash no text") from None
+    if len(set(ids)) != len(ids):
+        raise StoreError(f"{where}: an episode stands twice among the {len(ids)}")
+    bound = 1.0 if "accuracy" in found.measure else math.inf
+    if scores.ndim != 1 or not np.isfinite(scores).all() or scores.min() < 0 or scores.max() > bound:
+        raise StoreError(f"{where}: a raw score is not finite or out of range")
+    _agree(where, found, scores)
+    return scores, hashlib.sha256(names).hexdigest()[:12]
+
+
+def _agree(where: str, found: Measurement, scores: Floats) -> None:
+    """Raise StoreError unless n, value, sd and interval are those of the scores."""
+    if found.n != len(scores):
+        raise StoreError(f"{where}: n is {found.n!r}, samples.jsonl has {len(scores)} scores")
+    anew = mean_interval(scores)
+    for name, value in (("value", anew.value), ("sd", anew.sd), ("ci_low", anew.low), ("ci_high", anew.high)):
+        agree(where, name, getattr(found, name), value, optional=name != "value")
+
+
+def agree(where: str, name: str, stated: object, value: float | None, *, optional: bool = False) -> None:
+    """Raise StoreError unless a stated figure is the one made anew; an optional one may be absent."""
+    if stated is None and (optional or value is None):
+        return
+    number = stated if isinstance(stated, int | float) and not isinstance(stated, bool) else math.nan
+    if value is None or not math.isfinite(number) or abs(number - value) > TOLERANCE * max(1e-3, abs(value)):
+        raise StoreError(f"{where}: {name} is stated as {plain(stated)}, the raw samples give {value}")
+
+
+def _place(run: Run, found: Measurement) -> str:
+    return f"{run.path / 'measurements.jsonl'}: {plain(found.cell)} {plain(found.measure)}"
+
+
+def _cost(source: Source, row: Mapping[str, Any], found: Measurement) -> Iterator[Cost]:
+    known = coordinates(source.run, row["cell"])
+    if known["call"]:
+        return  # timed in another way than scored: several tasks a call, other steps or threads
+    processes = found.facts.get("processes")
+    values = processes if isinstance(processes, list) and processes else [found.value]
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) and 0 < v < math.inf for v in values):
+        raise StoreError(f"{_place(source.run, found)}: a time or a count must be a finite number above 0")
+    yield Cost(
+        source, row["cell"], row["measure"], known, plain(found.environment), tuple(float(v) for v in values if v)
+    )
+
+
+def unfinished(score: Score) -> bool:
+    """Whether a row was tried and has no result, for another reason than that the method cannot do the task."""
+    return score.status not in FINAL
+
+
+def is_control(algorithm: str) -> bool:
+    """Whether a method is one of ours that only gives the scale; what a result file says of it does not count."""
+    return algorithm in CONTROLS

@@ -1,0 +1,464 @@
+"""Leaderboards: what they rank, what they refuse to rank, and what they refuse to read."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from conftest import metabench
+from leaderboard_runs import cell_of, edited, row, run_of, trials
+
+from metabench import stats
+from metabench.errors import ConfigError, NothingRan, StoreError
+from metabench.leaderboard import files, leaderboard, ranking
+from metabench.leaderboard.boardfile import read_board
+from metabench.leaderboard.boards import boards
+from metabench.leaderboard.collect import collect, plain, source_of
+from metabench.leaderboard.summary import summaries
+from metabench.store import Run
+
+
+def sources(*paths):
+    return [source_of(Run.open(path)) for path in paths]
+
+
+def made(*paths, **options):
+    return boards(collect(sources(*paths)), **options)
+
+
+def rows_of(tables, **where):
+    """Rows of {algorithm: (S, E) scores}, seeds 0, 1, ..."""
+    return [row(name, seed, scores, **where) for name, table in tables.items() for seed, scores in enumerate(table)]
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+# ranking
+
+
+def test_differences_are_those_of_the_paired_interval(rng):
+    hard = 0.1 * rng.normal(size=30)
+    tables = [trials(rng, 0.5, seeds=s, episodes=30, spread=0.03, hard=hard) for s in (3, 3, 4, 1)]
+    seeds = [(0, 1, 2), (0, 1, 2), (0, 1, 2, 3), (7,)]
+    found = ranking.differences(tables, seeds)
+    half, p = found.half(), found.p_values()
+    for i in range(3):
+        for j in range(i):
+            exact = stats.paired_difference(tables[i][:3], tables[j][:3])
+            assert found.value[i, j] == pytest.approx(exact.value)
+            assert half[i, j] == pytest.approx(exact.half)
+            at_p = stats.paired_difference(tables[i][:3], tables[j][:3], level=1 - p[i, j])
+            assert at_p.half == pytest.approx(abs(at_p.value), rel=1e-3)  # the interval at 1 - p just reaches 0
+    assert np.isnan(found.value[3, 0]) and np.isnan(p[3, 0])  # no shared seed
+
+
+def test_one_seed_each_is_the_paired_t_test_over_episodes(rng):
+    from scipy import stats as distributions
+
+    a, b = rng.normal(size=(2, 1, 25))
+    found = ranking.differences([a, b], [(0,), (0,)])
+    assert found.p_values()[0, 1] == pytest.approx(distributions.ttest_rel(a[0], b[0]).pvalue, rel=1e-3)
+
+
+def test_equal_methods_are_rarely_told_apart():
+    """The family-wise error rate of eight equal methods, five seeds: at most 5 % by design (400 families)."""
+    rng = np.random.default_rng(1)
+    wrong = 0
+    for _ in range(400):
+        hard = 0.1 * rng.normal(size=60)
+        tables = [0.5 + 0.02 * rng.normal(size=(5, 1)) + hard + 0.05 * rng.normal(size=(5, 60)) for _ in range(8)]
+        found = ranking.rank(ranking.differences(tables, [tuple(range(5))] * 8), higher_is_better=True)
+        wrong += any(low > 1 for low in found.low)
+    assert wrong <= 20 + 3 * 20**0.5  # three standard deviations above 5 %
+
+
+def test_rank_intervals_count_who_is_significantly_better_and_worse():
+    rng = np.random.default_rng(2)
+    means = [0.9, 0.895, 0.7, 0.3]
+    tables = [m + 0.01 * rng.normal(size=(5, 1)) + 0.02 * rng.normal(size=(5, 100)) for m in means]
+    found = ranking.rank(ranking.differences(tables, [tuple(range(5))] * 4), higher_is_better=True)
+    assert (found.low, found.high) == ([1, 1, 3, 4], [2, 2, 3, 4])
+    assert found.groups == ["a", "a", "b", "c"]
+    upside = ranking.rank(ranking.differences(tables, [tuple(range(5))] * 4), higher_is_better=False)
+    assert upside.low == [3, 3, 2, 1]
+    middle, low, high = found.visible
+    assert 0 < low <= middle <= high
+
+
+def test_the_visible_difference_is_found_with_its_power():
+    """A true difference as large as said is found in about 80 % of the trials at Holm's strictest step."""
+    rng = np.random.default_rng(3)
+    seen, hits = [], 0
+    for _ in range(300):
+        gap = 0.1
+        tables = [shift + 0.02 * rng.normal(size=(5, 1)) + 0.01 * rng.normal(size=(5, 50)) for shift in (0.0, gap)]
+        found = ranking.rank(ranking.differences(tables, [tuple(range(5))] * 2), higher_is_better=True)
+        seen.append(found.visible[0])
+    gap = float(np.median(seen))
+    for _ in range(300):
+        tables = [shift + 0.02 * rng.normal(size=(5, 1)) + 0.01 * rng.normal(size=(5, 50)) for shift in (0.0, gap)]
+        found = ranking.rank(ranking.differences(tables, [tuple(range(5))] * 2), higher_is_better=True)
+        hits += found.low != [1, 1]
+    assert 0.65 <= hits / 300 <= 0.95
+
+
+def test_tie_groups_hold_nobody_who_is_told_apart():
+    apart = np.zeros((4, 4), bool)
+    apart[0, 2] = apart[2, 0] = apart[0, 3] = apart[3, 0] = True
+    assert ranking._groups(apart, [0, 1, 2, 3]) == ["a", "ab", "b", "b"]
+
+
+def test_iqm_is_the_middle_half_and_its_interval_covers():
+    scores = [
+        np.array([0.0, 0.1, 0.2]),
+        np.array([0.4, 0.5, 0.6]),
+        np.array([0.9, 0.9, 0.9]),
+        np.array([0.3, 0.3, 0.9]),
+    ]
+    pooled = np.sort(np.concatenate(scores))
+    found = stats.iqm_interval(scores)
+    assert found.value == pytest.approx(pooled[3:9].mean())
+    assert found.low < found.value < found.high
+    rng = np.random.default_rng(4)
+    hits = 0
+    for _ in range(200):
+        drawn = [m + 0.05 * rng.normal(size=10) for m in (0.2, 0.4, 0.6, 0.8)]
+        one = stats.iqm_interval(drawn, draws=500)
+        hits += one.low <= 0.5 <= one.high
+    assert hits >= 170
+
+
+# boards
+
+
+def test_different_protocols_are_never_ranked_together(tmp_path, rng):
+    tables = {"protonet": trials(rng, 0.9), "maml": trials(rng, 0.7)}
+    wheres = [{}, {"norm": "batch"}, {"task": "5w5s15q"}, {"data": "glyphs[alphabets,within=alphabet]"}]
+    runs = [run_of(tmp_path, rows_of(tables, **where)) for where in wheres]
+    runs.append(run_of(tmp_path, rows_of({k: v[:, :30] for k, v in tables.items()})))  # fewer test episodes
+    runs.append(run_of(tmp_path, rows_of(tables), ids=[f"x{i}" for i in range(40)], seed=1))  # other ones
+    found = made(*runs)
+    assert len(found) == 6
+    assert all(len(board.standings) == 2 for board in found)
+    assert len({board.title for board in found}) == 6
+
+
+def test_seeds_of_several_machines_are_pooled_and_the_earliest_of_a_seed_counts(tmp_path, rng):
+    table, other = trials(rng, 0.8), trials(rng, 0.6)
+    first = run_of(tmp_path, [row("maml", s, table[s]) for s in (0, 1)] + rows_of({"protonet": other}))
+    late = "2026-02-01T00:00:00+00:00"
+    second = run_of(tmp_path, [row("maml", s, table[2] + 0.1) for s in (1, 2)], at=late, stable={"cpu": "another"})
+    (board,) = made(second, first)
+    maml = next(one for one in board.standings if one.algorithm == "maml")
+    assert maml.seeds == (0, 1, 2) and maml.rank is not None
+    assert maml.table[1] == pytest.approx(table[1])  # not the later, better one
+    assert any("the earliest counts" in text for text in maml.remarks)
+
+
+def test_other_code_or_another_submitter_is_another_row(tmp_path, rng):
+    table = trials(rng, 0.8, seeds=6)
+    one = run_of(tmp_path, [row("maml", s, table[s]) for s in range(3)])
+    two = run_of(tmp_path, [row("maml", s, table[3 + s], sources="badc0de00000-2.0") for s in range(3)])
+    three = run_of(tmp_path, [row("maml", s, 0.9 * table[s]) for s in range(3)])
+    (three / "submission.json").write_text(json.dumps({"submitter": "Ada"}))
+    (board,) = made(one, two, three)
+    assert [s.seeds for s in board.standings] == [(0, 1, 2)] * 3
+    assert {s.submitter for s in board.standings} == {"", "Ada"}
+    assert any("badc0de00000" in s.label for s in board.standings)
+
+
+def test_fewer_than_three_seeds_are_shown_and_not_ranked(tmp_path, rng):
+    tables = {"protonet": trials(rng, 0.9), "maml": trials(rng, 0.8), "reptile": trials(rng, 0.95, seeds=2)}
+    (board,) = made(run_of(tmp_path, rows_of(tables)))
+    reptile = next(one for one in board.standings if one.algorithm == "reptile")
+    assert reptile.rank is None and reptile.quality is not None
+    assert reptile.remarks == ("2 seeds, a rank needs 3: not ranked",)
+    assert {one.algorithm for one in board.ranked} == {"protonet", "maml"}
+    (strict,) = made(run_of(tmp_path, rows_of(tables)), min_seeds=5)
+    assert strict.ranking is None and not strict.ranked
+
+
+def test_failed_seeds_seconds_and_controls_are_never_ranked(tmp_path, rng):
+    tables = {"protonet": trials(rng, 0.9), "maml": trials(rng, 0.8)}
+    rows = rows_of(tables) + rows_of({"chance": trials(rng, 0.2)}, train="")
+    rows += rows_of({"anil": trials(rng, 0.99)}, train="5w1s1q*75s")
+    rows += [row("reptile", s, trials(rng, 0.99)[0]) for s in (0, 1, 2)] + [row("reptile", 3, [], status="failed")]
+    (board,) = made(run_of(tmp_path, rows))
+    assert {one.algorithm for one in board.ranked} == {"protonet", "maml"}
+    said = {one.algorithm: " ".join(one.remarks) for one in board.standings}
+    assert "seconds" in said["anil"] and "1 of 4 seeds failed" in said["reptile"]
+    assert [one.control for one in board.standings][-1] is True
+
+
+def test_a_method_that_failed_altogether_is_shown_with_its_reason(tmp_path, rng):
+    rows = [*rows_of({"protonet": trials(rng, 0.9)}), row("maml", 0, [], status="diverged")]
+    (board,) = made(run_of(tmp_path, rows))
+    maml = board.standings[-1]
+    assert (maml.status, maml.reason, maml.quality) == ("diverged", "it broke", None)
+    assert "| diverged |" in files.leaderboard_md("t", [board], [])
+
+
+def test_methods_without_shared_seeds_are_not_called_different(tmp_path, rng):
+    rows = [row("protonet", s, x) for s, x in zip((0, 1, 2), trials(rng, 0.9), strict=True)]
+    rows += [row("maml", s, x) for s, x in zip((5, 6, 7), trials(rng, 0.3), strict=True)]
+    (board,) = made(run_of(tmp_path, rows))
+    assert [one.rank for one in board.ranked] == [(1, 2), (1, 2)]
+    assert "share fewer than 3 seeds" in " ".join(board.remarks)
+
+
+def test_configurations_tried_are_counted_even_when_the_plan_forgot_them(tmp_path, rng):
+    table = trials(rng, 0.8, seeds=5)
+    rows = [row("maml", 0, table[n], more=f"inner_lr=0.{n + 1}") for n in range(5)]
+    path = run_of(tmp_path, [*rows, *rows_of({"protonet": trials(rng, 0.9)})])
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["rows"] = [one for one in manifest["rows"] if "0.1" in one["cell"] or "protonet" in one["cell"]]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    (board,) = made(path)
+    assert {one.algorithm: one.tried for one in board.standings} == {"maml": 5, "protonet": 1}
+
+
+def test_costs_cross_machines_only_as_multiples_of_the_yardstick_in_the_same_run(tmp_path, rng):
+    tables = {"protonet": trials(rng, 0.9), "maml": trials(rng, 0.8)}
+    times = [row("protonet", 0, [0.010, 0.011, 0.012], measure="adapt_time"),
+             row("maml", 0, [0.030, 0.033, 0.036], measure="adapt_time")]  # fmt: skip
+    flops = [row("maml", 0, [5e6], measure="adapt_flops")]
+    first = run_of(tmp_path, rows_of(tables) + times + flops)
+    alone = run_of(
+        tmp_path,
+        [*rows_of({"reptile": trials(rng, 0.7)}), row("reptile", 0, [0.5, 0.6], measure="adapt_time")],
+        stable={"cpu": "fast"},
+    )
+    (board,) = made(first, alone)
+    by = {one.algorithm: one for one in board.standings}
+    assert by["maml"].relative.value == pytest.approx(3) and by["maml"].relative.half == pytest.approx(0, abs=1e-9)
+    assert by["protonet"].relative.value == 1 and by["maml"].flops == 5e6
+    assert by["reptile"].relative is None  # its run has no yardstick: seconds of another machine say nothing
+    assert len({time.environment for one in board.standings for time in one.times}) == 2
+
+
+def test_a_time_of_another_call_is_no_cost_of_the_row(tmp_path, rng):
+    rows = rows_of({"protonet": trials(rng, 0.9)})
+    timed = row("protonet", 0, [0.5, 0.6], measure="adapt_time")
+    timed["cell"] += "/tasks=8"
+    (board,) = made(run_of(tmp_path, [*rows, timed]))
+    assert board.standings[0].times == ()
+
+
+# across boards
+
+
+def many(tmp_path, rng, names, datasets, *, missing=()):
+    rows = []
+    for number, data in enumerate(datasets):
+        for place, name in enumerate(names):
+            if (name, data) not in missing:
+                rows += rows_of({name: trials(rng, 0.8 - 0.1 * place + 0.01 * number)}, data=f"{data}[s]")
+    return made(run_of(tmp_path, rows))
+
+
+def test_a_missing_cell_is_shown_and_never_averaged_away(tmp_path, rng):
+    found = many(tmp_path, rng, ["protonet", "maml"], ["d1", "d2", "d3", "d4"], missing={("maml", "d2")})
+    (summary,) = summaries(found)
+    entries = {entry.label: entry for entry in summary.entries}
+    assert entries["protonet"].covered == 4 and entries["protonet"].aggregate is not None
+    assert entries["maml"].covered == 3 and entries["maml"].aggregate is None
+    text = files.leaderboard_md("t", found, [summary])
+    assert "| maml | 3/4 |" in text and "| missing |" in text
+
+
+def test_an_aggregate_needs_four_image_sources_and_three_seeds(tmp_path, rng):
+    one_source = [f"{name}" for name in ("miniimagenet", "tieredimagenet", "d1", "d2")]
+    (summary,) = summaries(many(tmp_path, rng, ["protonet", "maml"], one_source))
+    assert summary.sources == 3 and not any(entry.aggregate for entry in summary.entries)
+    assert "No aggregate" in " ".join(summary.remarks)
+    (summary,) = summaries(many(tmp_path, rng, ["protonet"], ["d1", "d2", "d3", "d4"]), {"d4": "d1"})
+    assert summary.sources == 3
+
+
+def test_the_aggregate_puts_chance_at_nought(tmp_path, rng):
+    found = many(tmp_path, rng, ["protonet"], ["d1", "d2", "d3", "d4"])
+    (summary,) = summaries(found)
+    entry = summary.entries[0]
+    means = [(one.table.mean(1) - 0.2) / 0.8 for one in entry.standings]
+    assert entry.aggregate.value == pytest.approx(stats.iqm_interval(means).value)
+
+
+def test_stars_only_from_six_data_sets(tmp_path, rng):
+    five = [f"d{n}" for n in range(5)]
+    (summary,) = summaries(many(tmp_path, rng, ["protonet", "maml"], five))
+    assert not any(entry.star for entry in summary.entries) and "No stars" in " ".join(summary.remarks)
+    (summary,) = summaries(many(tmp_path, rng, ["protonet", "maml"], [*five, "d5"]))
+    assert [entry.label for entry in summary.entries if entry.star] == ["protonet"]
+
+
+# files
+
+
+def test_text_of_others_is_never_code(tmp_path, rng):
+    path = run_of(tmp_path, rows_of({"protonet": trials(rng, 0.9), "maml": trials(rng, 0.8)}))
+    (path / "submission.json").write_text(
+        json.dumps({"submitter": '=HYPERLINK("x")</script><img src=x onerror=alert(1)>'})
+    )
+    out = tmp_path / "site"
+    leaderboard([path], out)
+    page = (out / "index.html").read_text()
+    assert "<img src=x" not in page and page.count("</script>") == 2
+    with (out / "leaderboard.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert {line["submitter"][:2] for line in found} == {"'="}
+    assert float(found[0]["value"]) > 0.8  # figures stay figures
+
+
+@pytest.mark.parametrize("text", ["=1", "+1", "-1", "@x", "\tx", "\rx", "  =1"])
+def test_formulas_are_defused(text):
+    assert files.defused(text).startswith("'")
+    assert files.defused(-1.5) == -1.5 and files.defused("maml") == "maml"
+
+
+def test_text_cannot_turn_the_writing_around():
+    assert plain("a\u202eb\x00c\nd") == "a\ufffdb\ufffdc d"
+
+
+def test_the_site_holds_all_its_files(tmp_path, rng):
+    path = run_of(tmp_path, rows_of({"protonet": trials(rng, 0.9), "maml": trials(rng, 0.8)}), name="we rd é")
+    out = tmp_path / "site"
+    built = leaderboard([path], out)
+    for name in ("index.html", "leaderboard.csv", "leaderboard.md", "badge.svg", "runs/we-rd--/results.csv"):
+        assert (out / name).stat().st_size, name
+    assert (out / "runs/we-rd--/samples.jsonl").read_bytes() == (path / "samples.jsonl").read_bytes()
+    assert "1 board, 2 ranked methods" in (out / "badge.svg").read_text()
+    assert built.lines == ["glyphs 5-way 1-shot: Best of 2: protonet, better than every other ranked method."]
+    again = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    leaderboard([path], out)
+    assert again == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}  # the same runs, the same bytes
+
+
+# the board file
+
+
+def test_a_board_file_chooses_protocols_and_withdraws_with_a_reason(tmp_path, rng):
+    one = run_of(tmp_path, rows_of({"protonet": trials(rng, 0.9), "maml": trials(rng, 0.8)}), name="one")
+    two = run_of(tmp_path, rows_of({"reptile": trials(rng, 0.7)}, task="5w5s15q"), name="two")
+    three = run_of(tmp_path, rows_of({"anil": trials(rng, 0.99)}), name="three")
+    file = tmp_path / "board.yaml"
+    file.write_text(
+        "title: Ours\nprotocols: [{dataset: glyphs, shots: 1}]\n"
+        "withdrawals: [{run: three, reason: trained on test classes}, {run: one, algorithm: maml, reason: a bug}]\n"
+    )
+    built = leaderboard([one, two, three], tmp_path / "site", board=file)
+    assert [one.algorithm for board in built.boards for one in board.standings] == ["protonet"]
+    page = (tmp_path / "site/index.html").read_text()
+    assert "trained on test classes" in page and "<title>Ours</title>" in page
+    assert not (tmp_path / "site/runs/three").exists()
+
+
+def test_a_board_file_is_read_strictly_with_lines(tmp_path):
+    file = tmp_path / "board.yaml"
+    file.write_text("titel: x\nmin_seeds: 2\nwithdrawals:\n  - run: a\n    because: b\n")
+    with pytest.raises(ConfigError) as raised:
+        read_board(file)
+    said = str(raised.value)
+    assert f"{file}:1: unknown key 'titel' (did you mean 'title'?)" in said
+    assert f"{file}:2: min_seeds must be at least 3" in said
+    assert f"{file}:5: unknown key 'because'" in said and "reason is missing" in said
+
+
+def test_a_withdrawal_of_no_run_is_a_mistake(tmp_path, rng):
+    path = run_of(tmp_path, rows_of({"protonet": trials(rng, 0.9)}))
+    (tmp_path / "b.yaml").write_text("withdrawals: [{run: nobody, reason: x}]")
+    with pytest.raises(ConfigError, match="no run is called 'nobody'"):
+        leaderboard([path], tmp_path / "site", board=tmp_path / "b.yaml")
+
+
+# bad input
+
+
+def test_a_run_counts_once(tmp_path, rng):
+    import shutil
+
+    path = run_of(tmp_path, rows_of({"maml": trials(rng, 0.9)}))
+    copied = shutil.copytree(path, tmp_path / "copy")
+    with pytest.raises(StoreError, match="counts once"):
+        made(path, copied)
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after", "said"),
+    [
+        ("measurements.jsonl", '"value": 0.', '"value": 0.9', "value is stated as"),
+        ("measurements.jsonl", '"value": 0.', '"value": NaN, "x": 0.', "not a measurement"),
+        ("measurements.jsonl", '"sd": 0.', '"sd": 1.', "sd is stated as"),
+        ("measurements.jsonl", '"n": 40', '"n": 41', "n is 41"),
+        ("measurements.jsonl", '"episodes_hash": "', '"episodes_hash": "f', "episodes_hash is"),
+        ("samples.jsonl", '"scores": [0.', '"scores": [NaN, 0.', "scores for 40 episodes"),
+        ("samples.jsonl", '"scores": [0.', '"scores": [-0.', "out of range"),
+        ("samples.jsonl", '"e1"', '"e0"', "stands twice"),
+        ("manifest.json", '"ways": 5', '"ways": 20', "ways is '20' there"),
+        ("manifest.json", '"schema_version": 1', '"schema_version": 99', "schema 99"),
+        ("manifest.json", '"measure": "accuracy"', '"measure": 3', "all text"),
+    ],
+)
+def test_what_does_not_add_up_is_refused_with_its_place(tmp_path, rng, file, before, after, said):
+    path = run_of(tmp_path, rows_of({"protonet": trials(rng, 0.8), "maml": trials(rng, 0.7)}))
+    edited(path, file, before, after)
+    with pytest.raises(StoreError, match=said) as raised:
+        leaderboard([path], tmp_path / "site")
+    assert str(path) in str(raised.value)
+    assert not (tmp_path / "site").exists()
+
+
+def test_a_row_listed_twice_is_refused(tmp_path, rng):
+    path = run_of(tmp_path, rows_of({"maml": trials(rng, 0.8)}))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["rows"].append(manifest["rows"][0])
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(StoreError, match=r"rows\[3\].*listed twice"):
+        made(path)
+
+
+def test_links_are_not_followed(tmp_path, rng):
+    path = run_of(tmp_path, rows_of({"maml": trials(rng, 0.8)}))
+    (path / "environment.json").unlink()
+    (path / "environment.json").symlink_to("/etc/hostname")
+    with pytest.raises(StoreError, match="links are not followed"):
+        leaderboard([path], tmp_path / "site")
+
+
+def test_nothing_to_show_is_said(tmp_path, rng):
+    only = run_of(tmp_path, [row("maml", 0, [0.1, 0.2], measure="adapt_time")])
+    with pytest.raises(NothingRan, match="no run has a result"):
+        leaderboard([only], tmp_path / "site")
+    path = run_of(tmp_path, rows_of({"maml": trials(rng, 0.8)}))
+    (tmp_path / "b.yaml").write_text("protocols: [{dataset: omniglot}]")
+    with pytest.raises(NothingRan):
+        leaderboard([path], tmp_path / "site", board=tmp_path / "b.yaml")
+
+
+def test_the_command_line(tmp_path, rng):
+    path = run_of(tmp_path, rows_of({"protonet": trials(rng, 0.9), "maml": trials(rng, 0.8)}))
+    done = metabench("leaderboard", path, "--out", tmp_path / "site")
+    assert done.returncode == 0 and "Best of 2: protonet" in done.stdout and "index.html" in done.stdout
+    wrong = metabench("leaderboard", tmp_path / "nothing", "--out", tmp_path / "site")
+    assert wrong.returncode == 2 and "not a run folder" in wrong.stderr
+    empty = run_of(tmp_path, [row("maml", 0, [], status="failed")])
+    assert metabench("leaderboard", "--out", tmp_path / "site", empty).returncode == 3
+    assert "verify" in metabench("leaderboard", "--help").stdout
+
+
+def test_making_and_verifying_a_board_never_loads_torch(tmp_path, rng):
+    from test_imports import loaded
+
+    path = str(run_of(tmp_path, rows_of({"protonet": trials(rng, 0.9), "maml": trials(rng, 0.8)})))
+    commands = [
+        ["leaderboard", path, "--out", str(tmp_path / "site")], ["leaderboard", "verify", path, "--no-episodes"],
+    ]  # fmt: skip
+    assert set(loaded(commands, {"torch"}).values()) == {"]"}
+
+
+def test_cells_in_other_words_have_other_ids():
+    assert cell_of("maml", 0) == "maml[train=5w1s1q*10]/glyphs[alphabets]/5w1s15q/running/cpu-float32/seed0"

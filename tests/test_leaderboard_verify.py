@@ -1,0 +1,274 @@
+"""Verifying and packing: whatever is edited is named, and nothing of a submission is trusted."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from conftest import metabench
+from leaderboard_runs import edited, row, run_of, trials
+
+from metabench.errors import ConfigError, MetabenchError, NothingRan, StoreError
+from metabench.leaderboard import leaderboard, pack, verify
+from metabench.leaderboard.collect import collect, source_of
+from metabench.report import csvfile
+from metabench.report.load import load
+from metabench.store import Run
+
+DATA, EPISODES = "glyphs[alphabets]", 12
+
+
+@pytest.fixture(scope="module")
+def truth():
+    """The real test episodes of 5-way 1-shot tasks on glyphs: their ids, and those of other subsets."""
+    from dataclasses import replace
+
+    from metabench.datasets import glyphs
+
+    data = glyphs.build(split="alphabets")
+    swapped = replace(data, subsets={"test": data.subsets["train"]})
+    found = {}
+    for name, one in (("test", data), ("train", swapped)):
+        tasks = one.tasks("test", ways=5, shots=1, queries=3, rotations="none", seed=0, device="cpu")
+        found[name] = tasks.episodes(0, EPISODES)
+        assert len(found[name].ids) == EPISODES
+    return found
+
+
+def answered(folder, episode, scores, name):
+    """Predictions that give these scores (multiples of 1/15), of the true labels and classes."""
+    labels = episode.query.y.numpy().astype(np.uint16)
+    right = np.round(np.asarray(scores) * labels.shape[1]).astype(int)
+    ties = (np.arange(labels.shape[1])[None] < right[:, None]).astype(np.uint16)
+    predicted = np.where(ties == 1, labels, (labels + 1) % 5).astype(np.uint16)
+    folder.mkdir(exist_ok=True)
+    classes = episode.classes.astype(np.int32)
+    np.savez_compressed(folder / name, predicted=predicted, ties=ties, labels=labels, classes=classes)
+    return name
+
+
+@pytest.fixture
+def run(tmp_path, truth):
+    return submission(tmp_path, truth["test"])
+
+
+def submission(out, episode, *, rng=None):
+    rng = rng or np.random.default_rng(0)
+    rows = []
+    names = iter(f"{n:016x}.npz" for n in range(100))
+    for algorithm, mean in (("protonet", 0.8), ("maml", 0.6)):
+        table = np.round(trials(rng, mean, episodes=EPISODES, spread=0.05) * 15) / 15
+        rows += [row(algorithm, s, x, task="5w1s3q", facts={"predictions": next(names)}) for s, x in enumerate(table)]
+    path = run_of(out, rows, ids=episode.ids)
+    for one in rows:
+        answered(path / "predictions", episode, one["scores"], one["facts"]["predictions"])
+    data = load([path])
+    (path / "results.csv").write_text(csvfile.results(data.rows))
+    return path
+
+
+def problems(path, **options):
+    (audit,) = verify([path], **{"episodes": False, **options})
+    return [f"{one.where}: {one.what}" for one in audit.problems]
+
+
+def test_an_honest_run_adds_up_episodes_and_all(run):
+    (audit,) = verify([run])
+    assert audit.problems == ()
+    counts = dict(audit.checked)
+    assert counts["test episodes"] == counts["scores"] == 6 * EPISODES
+    assert counts["predictions"] == 6 * EPISODES * 15 and counts["lines of results.csv"] == 6
+    assert audit.unchecked == ()
+
+
+def test_episodes_of_the_training_classes_are_found_out(tmp_path, truth):
+    path = submission(tmp_path, truth["train"])
+    assert problems(path) == []  # it is consistent in itself
+    found = problems(path, episodes=True)
+    assert len(found) == 6
+    assert all("they are those of the train classes" in text for text in found)
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after", "said"),
+    [
+        ("measurements.jsonl", '"value": 0.', '"value": 0.9', "value is stated as"),
+        ("measurements.jsonl", '"episodes_hash": "', '"episodes_hash": "f', "episodes_hash is f"),
+        ("results.csv", ",fraction,12,0.", ",fraction,12,0.9", "results.csv:2: value is"),
+        ("results.csv", "protonet", "protonett", "no such row in measurements.jsonl"),
+        ("environment.json", "a cpu", "a fast cpu", "it was edited"),
+        ("manifest.json", '"episodes": 12', '"episodes": 1000', "the manifest's protocol 1000"),
+    ],
+)
+def test_an_edit_is_named_with_its_place(run, file, before, after, said):
+    edited(run, file, before, after)
+    found = problems(run)
+    assert any(said in text and str(run) in text for text in found), found
+
+
+def test_scores_must_follow_from_the_answers(run):
+    line, rest = (run / "samples.jsonl").read_text().split("\n", 1)
+    record = json.loads(line)
+    record["scores"][3], record["scores"][4] = record["scores"][4], record["scores"][3]  # the mean stays
+    if record["scores"][3] == record["scores"][4]:
+        record["scores"].reverse()
+    (run / "samples.jsonl").write_text(json.dumps(record) + "\n" + rest)
+    assert any("its answers give" in text for text in problems(run))
+
+
+def test_a_damaged_or_absent_predictions_file_is_named(run):
+    names = sorted((run / "predictions").iterdir())
+    names[0].write_bytes(b"PK no zip")
+    names[1].unlink()
+    found = problems(run)
+    assert any(names[0].name in text and "damaged" in text for text in found)
+    assert any(names[1].name in text and "not there" in text for text in found)
+
+
+def test_a_half_written_line_and_lost_samples_are_named(run):
+    with (run / "measurements.jsonl").open("a") as file:
+        file.write('{"cell": "protonet')
+    assert any("ends in half a line" in text for text in problems(run))
+    whole = (run / "samples.jsonl").read_bytes()
+    (run / "samples.jsonl").write_bytes(whole[: whole.rstrip(b"\n").rfind(b"\n") + 1])
+    assert any("its raw samples are not in samples.jsonl" in text for text in problems(run))
+
+
+def test_one_training_under_two_seeds_is_found_out(tmp_path):
+    table = trials(np.random.default_rng(0), 0.7)
+    path = run_of(tmp_path, [row("maml", s, table[0]) for s in range(3)])
+    assert sum("is no second seed" in text for text in problems(path)) == 2
+
+
+def test_a_training_longer_than_its_row_says_is_found_out(tmp_path):
+    table = trials(np.random.default_rng(0), 0.7)
+    path = run_of(tmp_path, [row("maml", s, x, facts={"train_steps": 99}) for s, x in enumerate(table)])
+    assert any("trained for 99 steps, its cell says 10" in text for text in problems(path))
+
+
+def test_data_that_is_not_here_is_not_called_verified(tmp_path):
+    table = trials(np.random.default_rng(0), 0.7)
+    path = run_of(tmp_path, [row("maml", s, x, data="mine[only]") for s, x in enumerate(table)])
+    (audit,) = verify([path])
+    assert audit.problems == () and any("not made anew" in text for text in audit.unchecked)
+
+
+@pytest.mark.parametrize("wrong", [None, "x", -1, {"a": []}])
+@pytest.mark.parametrize("file", ["measurements.jsonl", "samples.jsonl"])
+def test_no_value_of_a_line_brings_more_than_a_message(run, file, wrong):
+    lines = (run / file).read_text().splitlines()
+    record = json.loads(lines[0])
+    for name in record:
+        changed = [json.dumps({**record, name: wrong}), *lines[1:]]
+        (run / file).write_text("\n".join(changed) + "\n")
+        for attempt in (lambda: problems(run), lambda: collect([source_of(Run.open(run))])):
+            with contextlib.suppress(MetabenchError):
+                attempt()
+
+
+@pytest.mark.parametrize("wrong", [None, "x", [[]], {"a": 1}])
+def test_no_value_of_a_manifest_brings_more_than_a_message(run, wrong):
+    for file in ("manifest.json", "environment.json"):
+        text = (run / file).read_text()
+        for name in json.loads(text):
+            (run / file).write_text(json.dumps({**json.loads(text), name: wrong}))
+            for attempt in (lambda: problems(run), lambda: collect([source_of(Run.open(run))])):
+                with contextlib.suppress(MetabenchError):
+                    attempt()
+        (run / file).write_text(json.dumps(wrong))
+        with contextlib.suppress(MetabenchError):
+            problems(run)
+        (run / file).write_text(text)
+
+
+def test_a_run_handed_in_twice_is_found_out(tmp_path, run):
+    import shutil
+
+    copied = shutil.copytree(run, tmp_path / "copy")
+    first, second = verify([run, copied], episodes=False)
+    assert first.problems == () and [one.what for one in second.problems] == [
+        f"holds results of {run} again: a result counts once"
+    ]
+
+
+def test_an_unknown_schema_and_an_empty_run_are_refused(run, tmp_path):
+    empty = run_of(tmp_path, [row("maml", 0, [], status="failed")])
+    with pytest.raises(NothingRan):
+        verify([empty], episodes=False)
+    edited(run, "manifest.json", '"schema_version": 1', '"schema_version": 7')
+    with pytest.raises(StoreError, match="schema 7"):
+        verify([run], episodes=False)
+
+
+def test_rows_of_verified_runs_say_so(tmp_path, run):
+    claimed = leaderboard([run], tmp_path / "a")
+    checked = leaderboard([run], tmp_path / "b", check=True)
+    assert {one.trust for board in claimed.boards for one in board.standings} == {"claimed"}
+    assert {one.trust for board in checked.boards for one in board.standings} == {"recomputed"}
+
+
+def test_a_board_of_verified_runs_takes_none_that_does_not_add_up(tmp_path):
+    table = trials(np.random.default_rng(0), 0.7)
+    path = run_of(
+        tmp_path, [row("maml", s, x, data="mine[only]", facts={"train_steps": 9}) for s, x in enumerate(table)]
+    )
+    with pytest.raises(StoreError, match="trained for 9 steps"):
+        leaderboard([path], tmp_path / "site", check=True)
+
+
+def test_a_bundle_has_the_same_bytes_and_reads_like_its_run(tmp_path, run):
+    one = pack(run, tmp_path / "one", submitter="Ada")
+    two = pack(run, tmp_path / "two", submitter="Ada")
+    assert one.read_bytes() == two.read_bytes()
+    (audit,) = verify([one], episodes=False)
+    assert audit.problems == ()
+    built = leaderboard([one], tmp_path / "site")
+    assert {s.submitter for b in built.boards for s in b.standings} == {"Ada"}
+
+
+def test_nothing_that_does_not_add_up_is_packed(tmp_path, run):
+    edited(run, "measurements.jsonl", '"value": 0.', '"value": 0.9')
+    with pytest.raises(StoreError, match="value is stated"):
+        pack(run, tmp_path, submitter="Ada")
+
+
+def test_a_bundle_names_who_hands_it_in(tmp_path, run):
+    with pytest.raises(ConfigError, match="--submitter"):
+        pack(run, tmp_path, submitter=" ")
+
+
+@pytest.mark.parametrize("name", ["../evil.txt", "/etc/evil", "run/../../evil", "run/extra.py", "other/manifest.json"])
+def test_a_bundle_cannot_write_outside_or_bring_other_files(tmp_path, run, name):
+    good = pack(run, tmp_path, submitter="Ada")
+    with zipfile.ZipFile(good, "a") as archive:
+        archive.writestr(name, "x")
+    with pytest.raises(StoreError, match=r"does not belong|holds one run"):
+        verify([good], episodes=False)
+
+
+def test_a_changed_member_is_found_by_its_hash(tmp_path, run):
+    good = pack(run, tmp_path, submitter="Ada")
+    bad = tmp_path / "bad.zip"
+    with zipfile.ZipFile(good) as old, zipfile.ZipFile(bad, "w") as new:
+        for member in old.infolist():
+            data = old.read(member)
+            new.writestr(member.filename, data + b" " if member.filename.endswith("results.csv") else data)
+    with pytest.raises(StoreError, match=r"results.csv is not what submission.json says"):
+        verify([bad], episodes=False)
+    (tmp_path / "text.zip").write_text("no zip")
+    with pytest.raises(StoreError, match="no bundle that can be read"):
+        verify([tmp_path / "text.zip"], episodes=False)
+
+
+def test_the_commands(tmp_path, run):
+    done = metabench("leaderboard", "verify", run, "--no-episodes")
+    assert done.returncode == 0 and ": good; recomputed" in done.stdout and "not checked" in done.stdout
+    packed = metabench("leaderboard", "pack", run, "--submitter", "Ada", "--out", tmp_path)
+    assert packed.returncode == 0, packed.stderr
+    assert (tmp_path / f"{run.name}.zip").is_file()
+    edited(run, "results.csv", ",fraction,12,0.", ",fraction,12,0.9")
+    bad = metabench("leaderboard", "verify", run, "--no-episodes")
+    assert bad.returncode == 2 and "does not add up" in bad.stdout and "results.csv:2" in bad.stderr
