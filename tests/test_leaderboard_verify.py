@@ -210,6 +210,13 @@ def test_rows_of_verified_runs_say_so(tmp_path, run):
     assert {one.trust for board in checked.boards for one in board.standings} == {"recomputed"}
 
 
+def test_rows_whose_episodes_could_not_be_made_anew_stay_claimed(tmp_path):
+    table = trials(np.random.default_rng(0), 0.7)
+    path = run_of(tmp_path, [row("maml", s, x, data="mine[only]") for s, x in enumerate(table)])
+    (board,) = leaderboard([path], tmp_path / "site", check=True).boards
+    assert [one.trust for one in board.standings] == ["claimed"]
+
+
 def test_a_board_of_verified_runs_takes_none_that_does_not_add_up(tmp_path):
     table = trials(np.random.default_rng(0), 0.7)
     path = run_of(

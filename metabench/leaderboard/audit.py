@@ -60,6 +60,12 @@ class Audit:
     unchecked: tuple[str, ...]
     problems: tuple[Problem, ...]
 
+    @property
+    def whole(self) -> bool:
+        """Whether all adds up, the episodes of every score made anew from the data set."""
+        counts = dict(self.checked)
+        return not self.problems and counts.get("test episodes", 0) == counts.get("scores", 0)
+
 
 @dataclass
 class _Findings:
