@@ -14,6 +14,7 @@ import pytest
 from conftest import metabench, numbers, results, started, until, write_learner, write_suite
 
 from metabench import plan
+from metabench.report.load import load
 from metabench.store import Run
 from metabench.suite import load_suite
 
@@ -325,3 +326,28 @@ def test_cuda_where_there_is_none(tmp_path):
 
 def _blind():
     return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+# --- streams ----------------------------------------------------------------------------------------------------
+
+
+def test_streams_are_trained_on_selected_by_and_judged_by_presentation(tmp_path):
+    """With an interval by class around each presentation's score; what would fine-tune on a stream is skipped."""
+    suite = write_suite(tmp_path, "streams", ["{name: lstm-baseline, params: {units: 4, finetune_steps: [0, 1]}}"])
+    text = suite.read_text().replace("shots: [1, 2], queries: 3", "stream: 7")
+    text = text.replace("episodes: 40", "episodes: 40, selection: val")
+    text = text.replace("{ways: 3, shots: 1, queries: 2, steps: 12}", "{steps: 4}")
+    suite.write_text(text.replace("[accuracy,", "[accuracy_at_1, accuracy_at_2,"))
+    done = metabench("run", suite, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "out" / "streams" / "latest"
+    rows = {("finetune_steps=1" in cell, measure): row for (cell, measure), row in results(run).items()}
+    assert {row["status"] for (tuned, _), row in rows.items() if tuned} == {"skipped"}
+    data = load([run])
+    for measure in ("accuracy_at_1", "accuracy_at_2"):
+        row, of_class = rows[False, measure], data.by_class[data.by_class["measure"] == measure]
+        assert row["status"] == "ok" and of_class["class"].between(10, 14).all() and len(of_class) == 5
+        ratio = of_class["credit"].sum() / of_class["queries"].sum()
+        assert ratio == pytest.approx(float(row["value"]), rel=1e-12)
+    questions = data.by_class.groupby("measure")["queries"].sum()
+    assert questions["accuracy_at_1"] <= 3 * 40 and questions["accuracy_at_2"] < questions["accuracy_at_1"]
