@@ -131,8 +131,7 @@ def change(row: Verdict) -> str:
         return "-"
     if row.scale == "exact":
         return f"{row.change:+.0f}"
-    unit = "points" if row.scale == "points" else "%"
-    text = f"{_hundredths(row.change, row.scale)} {unit}"
+    text = _with_unit(row.change, row.scale)
     if row.low is None or row.high is None:
         return text
     return f"{text} [{_hundredths(row.low, row.scale)}, {_hundredths(row.high, row.scale)}]"
@@ -144,8 +143,11 @@ def could_see(row: Verdict) -> str:
         return ""
     if row.scale == "exact":
         return f"{row.detectable:.0f}"
-    unit = "points" if row.scale == "points" else "%"
-    return f"{_hundredths(row.detectable, row.scale).lstrip('+')} {unit}"
+    return _with_unit(row.detectable, row.scale).lstrip("+")
+
+
+def _with_unit(value: float, scale: Scale) -> str:
+    return f"{_hundredths(value, scale)} {'points' if scale == 'points' else '%'}"
 
 
 def _hundredths(value: float, scale: Scale) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -89,3 +90,11 @@ def test_the_generated_parts_of_the_readme_are_up_to_date():
 def test_the_example_plugin_is_a_valid_suite_of_two_methods():
     suite = load_suite(ROOT / "docs/examples/mine.yaml")
     assert {cell.algorithm for cell in suite.cells()} >= {"protonet", "scaled-protonet"}
+
+
+def test_committed_results_name_no_folder_of_one_machine():
+    manifests = sorted((ROOT / "results/reference").rglob("manifest.json"))
+    assert manifests
+    for file in manifests:
+        argv = json.loads(file.read_text(encoding="utf-8"))["argv"]
+        assert not [word for word in argv if Path(word).is_absolute()], file

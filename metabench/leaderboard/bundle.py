@@ -97,6 +97,7 @@ def _unpack(path: Path, folder: Path) -> Path:
                 target = folder / member.filename
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(archive.read(member))
+    # zipfile's ways to say: damaged, cut short, compressed in a way it does not know, encrypted
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise StoreError(f"{path}: no run folder and no bundle that can be read ({error})") from error
     _check_hashes(path, folder / name)
