@@ -1,7 +1,7 @@
 """The command line: parse, call one library function, print, exit code. Heavy imports stay inside the commands.
 
-Data goes to standard output, progress and logs to standard error. Exit codes: 0 good, 2 usage or configuration,
-3 a cell failed or nothing ran, 130 interrupted with the partial results kept.
+Data goes to standard output, progress and logs to standard error. Exit codes: 0 good, 1 regression found, 2 usage or
+configuration, 3 a cell failed or nothing ran, 4 contaminated, 130 interrupted with the partial results kept.
 """
 
 from __future__ import annotations
@@ -283,6 +283,44 @@ def report(
         _print_tables(data, reference)
     else:
         _print_text(render(data, format, reference))
+
+
+@app.command()
+def check(
+    suite: Annotated[str, typer.Argument(help="A shipped suite or a YAML file, with times or counts of kernels.")],
+    base: Annotated[
+        str | None, typer.Option(help="Compare the working tree with this git revision, e.g. origin/main or HEAD~1.")
+    ] = None,
+    base_python: Annotated[
+        Path | None, typer.Option(help="Compare this interpreter with that one (or a virtual environment's folder).")
+    ] = None,
+    select: Annotated[
+        str, typer.Option("-k", "--select", help="Only rows whose 'cell/measure' holds all of these words.")
+    ] = "",
+    measure_identical: Annotated[
+        bool, typer.Option("--measure-identical", help="Measure even where both sides load the same code.")
+    ] = False,
+    data_root: DataRoot = None,
+) -> None:
+    """Did this change make it slower? Two versions side by side on this machine; exit code 1 if one row regressed."""
+    from rich.console import Console
+
+    from metabench import gate
+    from metabench.progress import ShowPairs
+    from metabench.report import verdicts
+    from metabench.suite import load_suite
+
+    _use_data_root(data_root)
+    found = gate.check(
+        load_suite(suite),
+        base=base,
+        base_python=base_python,
+        watch=ShowPairs(_console(stderr=True)),
+        select=select,
+        measure_identical=measure_identical,
+    )
+    verdicts.show(found, Console(width=_width(), highlight=False, emoji=False))
+    sys.exit(found.exit_code)
 
 
 @app.command()

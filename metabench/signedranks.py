@@ -2,7 +2,7 @@
 
 A rank bounds what one value can do: of 14 pairs of processes one wild pair of +53 % left a test on the mean blind to a
 true 5 % (measured). All rests on the differences being symmetric about their centre, which the random order within
-a pair makes them where nothing changed (Wilcoxon 1945; Hodges and Lehmann 1963; Hollander, Wolfe and Chicken 2014, 3.1).
+a pair makes them where nothing changed (Wilcoxon 1945; Hodges and Lehmann 1963; Hollander et al. 2014, 3.1-3.3).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def p_above(values: npt.ArrayLike, shift: float = 0.0) -> float:
     """The one-sided p-value of "the centre of `values` (n,) is not above `shift`"; 2^-n at the least.
 
     Exact for differences without ties; where there are any, conservative: a value equal to `shift` counts against
-    rejecting, and a sum of mid-ranks is rounded down. Raises ValueError for no values or for values that are not finite.
+    rejecting, and a sum of mid-ranks is rounded down. Raises ValueError for no values or any that is not finite.
     """
     x = _checked(values) - shift
     ranks = distributions.rankdata(np.abs(x))

@@ -51,6 +51,17 @@ class Timing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gating:
+    """How two versions are told apart by time: see `suitefile.GateEntry`, whose keys these are."""
+
+    margin: float = 0.02
+    unchanged: float = 0.05
+    alpha: float = 0.01
+    looks: tuple[int, ...] = (14, 28)
+    seconds: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Suite:
     """A validated suite. `plugins` are the files it names, then those of the call; `threads` None means all cores."""
 
@@ -64,6 +75,7 @@ class Suite:
     plugins: tuple[Path, ...]
     catalogue: Catalogue = field(repr=False, compare=False)
     timing: Timing
+    gate: Gating = Gating()
     points: Mapping[Cell, tuple[str, ...]] = field(repr=False)
 
     def cells(self) -> tuple[Cell, ...]:
@@ -119,6 +131,7 @@ def load_suite(name: str | Path, *, plugins: Sequence[Path] = ()) -> Suite:
         plugins=files,
         catalogue=known,
         timing=Timing(**entry.timing.model_dump()),
+        gate=Gating(**{**entry.gate.model_dump(), "looks": tuple(entry.gate.looks)}),
         points=points,
     )
 

@@ -247,6 +247,42 @@ class TimingEntry(_Entry):
     )
 
 
+def _rising(looks: list[int]) -> list[int]:
+    """Raise ValueError for looks that do not come one after the other."""
+    if looks != sorted(set(looks)):
+        raise ValueError("looks must rise, such as [14, 28]")
+    return looks
+
+
+Looks = Annotated[list[Annotated[int, Field(ge=5, le=500)]], AfterValidator(_rising)]
+
+
+class GateEntry(_Entry):
+    """How `metabench check` decides whether kernels became slower; `metabench selftest` recommends these."""
+
+    margin: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.02, description="A change of time up to this share does not matter: 0.02 is 2 %."
+    )
+    unchanged: Annotated[float, Field(gt=0, lt=10)] = Field(
+        default=0.05, description="A row is unchanged where a change above this share can be ruled out."
+    )
+    alpha: Annotated[float, Field(gt=0, le=0.2)] = Field(
+        default=0.01, description="The chance of any false alarm in a whole check, over all rows and looks."
+    )
+    looks: Looks = Field(
+        default=[14, 28], min_length=1, description="After so many pairs of processes it is decided what can be."
+    )
+    seconds: Annotated[float, Field(gt=0, le=60)] = Field(
+        default=1.0, description="Time for each kernel in each pair of processes, both sides together."
+    )
+
+    @model_validator(mode="after")
+    def _margin_below_unchanged(self) -> GateEntry:
+        if self.margin >= self.unchanged:
+            raise ValueError("margin must be below unchanged")
+        return self
+
+
 class SuiteEntry(_Entry):
     """A metabench suite: what is compared, on what, and how it is measured."""
 
@@ -266,6 +302,7 @@ class SuiteEntry(_Entry):
         default=EvaluationEntry(), description="The test episodes and the weights tested."
     )
     timing: TimingEntry = Field(default=TimingEntry(), description="How the times of kernels are measured.")
+    gate: GateEntry = Field(default=GateEntry(), description="How `metabench check` decides on times.")
     measures: Measures = Field(
         default=["accuracy", "mse", "mse_before", "train_time", "adapt_time"],
         min_length=1,
@@ -416,6 +453,7 @@ _PARTS: dict[str | int, type[BaseModel]] = {
     "train": TrainEntry,
     "evaluation": EvaluationEntry,
     "timing": TimingEntry,
+    "gate": GateEntry,
     "calls": CallEntry,
 }
 _WANTED = {

@@ -46,6 +46,42 @@ class Verdict:
         return self.cell, self.measure
 
 
+@dataclass(frozen=True)
+class Control:
+    """Fixed work that none of the code takes part in: how it changed (a share), and whether that is a movement."""
+
+    name: str
+    change: float
+    moved: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """What a check came to.
+
+    `identical`: both sides loaded the same code. `contaminated`: why nothing can be said about times, or "".
+    `failed`: rows that the candidate could not run, though it should. `pairs`: pairs of processes, confirmation
+    included.
+    """
+
+    base: str
+    candidate: str
+    verdicts: tuple[Verdict, ...]
+    controls: tuple[Control, ...] = ()
+    pairs: int = 0
+    identical: bool = False
+    contaminated: str = ""
+    failed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def exit_code(self) -> int:
+        """1 regression found, 3 a row failed on the candidate, 4 contaminated, else 0."""
+        if any(one.outcome == "regressed" for one in self.verdicts):
+            return 1
+        return 3 if self.failed else 4 if self.contaminated else 0
+
+
 ORDER: tuple[Outcome, ...] = ("regressed", "inconclusive", "incomparable", "improved", "unchanged")
 """Flagged rows first, as every output lists them."""
 

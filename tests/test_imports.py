@@ -35,7 +35,10 @@ ALLOWED: dict[str, set[str]] = {
     "store": {"cells"},
     "roofline": NOBODY,
     "verdicts": NOBODY,
-    "report": {"environment", "report", "roofline", "store", "stats"},
+    "signedranks": {"stats"},
+    "judging": {"signedranks", "stats", "suite", "verdicts"},
+    "revisions": NOBODY,
+    "report": {"environment", "report", "roofline", "store", "stats", "verdicts"},
     # the torch half
     "timing": NOBODY,
     "counts": NOBODY,
@@ -55,6 +58,20 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"store", *SUITES},
     "workers": {"environment"},
     "costs": {"environment", "plan", "store", "workers", *SUITES},
+    "pairs": {"costs", "environment", "workers"},
+    "gate": {
+        "costs",
+        "environment",
+        "judging",
+        "pairs",
+        "plan",
+        "revisions",
+        "signedranks",
+        "stats",
+        "verdicts",
+        "workers",
+        *SUITES,
+    },
     "runner": {"costs", "plan", "store", "environment", "stats", "workers", *SUITES},
     "worker": {"bench", "catalogue", "environment", "measure", "scoring"},
     "probe": {"environment", "roofs", "timing"},
@@ -62,11 +79,11 @@ ALLOWED: dict[str, set[str]] = {
     # the top
     "progress": {"runner", "store"},
     "listing": {"datasets", *SUITES},
-    "cli": {"plan", "runner", "report", "store", "progress", "listing", "doctor", *SUITES},
+    "cli": {"gate", "plan", "runner", "report", "store", "progress", "listing", "doctor", *SUITES},
 }
 PLAIN = (
     "suite", "cells", "suitefile", "catalogue", "store", "environment", "stats", "roofline", "verdicts", "doctor",
-    "plan", "workers", "costs", "runner", "report", "cli",
+    "plan", "workers", "costs", "runner", "report", "cli", "signedranks", "judging", "revisions", "pairs", "gate",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
