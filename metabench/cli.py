@@ -324,6 +324,61 @@ def check(
 
 
 @app.command()
+def selftest(
+    suite: Annotated[str, typer.Argument(help="A shipped suite or a YAML file, with times of kernels.")],
+    inject: Annotated[
+        str, typer.Option(help="Slowdowns to find, as shares of a kernel's time: 5%, or 5%,10%, or 0 for none.")
+    ] = "5%",
+    trials: Annotated[int, typer.Option(min=1, help="Checks of the same code against itself.")] = 5,
+    select: Annotated[
+        str, typer.Option("-k", "--select", help="Only rows whose 'cell/measure' holds all of these words.")
+    ] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="Append the raw ratios and verdicts of each trial to this file, as JSON lines.")
+    ] = None,
+    data_root: DataRoot = None,
+) -> None:
+    """Test the gate on this machine: false alarms on identical code, slowdowns found, settings recommended as YAML."""
+    import json
+
+    from rich.console import Console
+
+    from metabench import selftest as examiner
+    from metabench.progress import ShowPairs
+    from metabench.suite import load_suite
+
+    _use_data_root(data_root)
+
+    def keep(trial: examiner.Trial) -> None:
+        if out is not None:
+            with out.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in trial.lines())
+
+    if out is not None:
+        out.touch()  # what cannot be written is said now, not after an hour
+    found = examiner.selftest(
+        load_suite(suite),
+        inject=_shares(inject),
+        trials=trials,
+        select=select,
+        watch=ShowPairs(_console(stderr=True)),
+        keep=keep,
+    )
+    examiner.show(found, Console(width=_width(), highlight=False, emoji=False))
+
+
+def _shares(text: str) -> list[float]:
+    """'5%,10%' or '0.05,0.1' as shares; 0 is none."""
+    try:
+        found = [float(one.removesuffix("%")) / (100 if one.endswith("%") else 1) for one in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--inject {text}: give shares such as 5% or 5%,10%") from None
+    if not all(0 <= share <= 10 for share in found) or len({*found}) < len(found):
+        raise ConfigError(f"--inject {text}: shares lie between 0 and 1000%, each once")
+    return [share for share in found if share]
+
+
+@app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False) -> None:
     """How well this machine can measure time, and what to do about what disturbs it."""
     from metabench import doctor as examiner

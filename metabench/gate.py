@@ -22,10 +22,11 @@ from metabench.catalogue import Plugin, read_plugin
 from metabench.cells import Cell, unsupported
 from metabench.costs import Setting
 from metabench.errors import ConfigError, Interrupted, NothingRan
-from metabench.judging import Family, Judgement, confirmed, confirming, moved
+from metabench.judging import Family, Judgement, confirmed, confirming, findings, moved
 from metabench.pairs import Fault, Item, Module, Name, Pairs, Side, Which, module_path, modules_of, top_names
 from metabench.plan import Row
 from metabench.revisions import Repository
+from metabench.signedranks import centre
 from metabench.stats import Interval
 from metabench.suite import Suite
 from metabench.verdicts import Control, Gate, Outcome, Verdict
@@ -114,11 +115,11 @@ class Check:
         if identical and not measure_identical:
             return self._not_measured()
         family = Family(self.pairs.items, self.rules)
+        self._check_looks(family.level)
         self._measure(family, "pair")
-        alarms = [name for name, one in family.judgements().items() if one.outcome == "regressed"]
         found = family.judgements()
-        if alarms and not self._moved():
-            again = confirming(self.rules, alarms)
+        if (doubted := findings(found)) and not (self._moved() and self.versions.repository):
+            again = confirming(self.rules, doubted)
             self._measure(again, "confirming pair")
             found = confirmed(family, again)
         self._disturbed()
@@ -188,13 +189,17 @@ class Check:
         """Ask a pair of live workers for their counts, and for what they have loaded."""
         for row, messages in self._of(*COUNTS):
             self.verdicts.append(self._counted(row, messages, workers))
-        if self.versions.repository is None:
+        if self.versions.repository is None or not self._anything():
             return
         names = top_names(self.versions.repository.root)
         for which, worker in workers.items():
             side = self.versions.base if which == "base" else self.versions.candidate
             other = self.versions.candidate if which == "base" else self.versions.base
             self.modules[which] = own_modules(side, other, modules_of(worker, names), names)
+
+    def _anything(self) -> bool:
+        """Whether any row could be made ready, so that the sides have loaded what it takes."""
+        return bool(self.pairs.items) or any(one.outcome != "incomparable" for one in self.verdicts)
 
     def _counted(
         self, row: Row, messages: Mapping[Which, Mapping[str, Any]], workers: Mapping[Which, Worker]
@@ -222,7 +227,7 @@ class Check:
     def _identical(self) -> bool:
         """Whether both sides run the same code: every loaded module of the project, and data beside them."""
         repository = self.versions.repository
-        if repository is None or self.modules["base"] != self.modules["candidate"]:
+        if repository is None or not self.modules or self.modules["base"] != self.modules["candidate"]:
             return False
         packages = {file.partition("/")[0] for file in self.modules["candidate"] if "/" in file}
         changed = {file for file in repository.changed(self.versions.commit) if file.partition("/")[0] in packages}
@@ -235,6 +240,15 @@ class Check:
         self._faults()
         self._note("identical code: every module that the suite loads is the same on both sides")
         return self._gate(identical=True)
+
+    def _check_looks(self, level: float) -> None:
+        """Raise ConfigError where so many rows can never be decided in so few pairs."""
+        needed = math.ceil(-math.log2(level))
+        if needed > self.rules.looks[-1]:
+            few = f"{len(self.pairs.items)} rows cannot be told apart in {self.rules.looks[-1]} pairs"
+            raise ConfigError(f"{few}: give the suite's gate a last look at {needed} or later, or fewer rows with -k")
+        if needed > self.rules.looks[0]:
+            self._note(f"{len(self.pairs.items)} rows: nothing can be found before {needed} pairs")
 
     def _measure(self, family: Family[Name], stage: str) -> None:
         """Fresh pairs for the family's open rows, until none is open."""
@@ -289,7 +303,7 @@ class Check:
     def _gate(self, *, identical: bool, contaminated: str = "") -> Gate:
         order = {row.key: place for place, (row, _) in enumerate(self.asked)}
         controls = [
-            Control(name.measure, math.expm1(median_of(ratios)), name.measure in self._moved())
+            Control(name.measure, math.expm1(centre(ratios).value), name.measure in self._moved())
             for name, ratios in self.controls.items()
         ]
         return Gate(
@@ -303,13 +317,6 @@ class Check:
             failed=tuple(self.failed),
             notes=tuple(self.notes),
         )
-
-
-def median_of(ratios: Sequence[float]) -> float:
-    """Hodges and Lehmann's estimate."""
-    from metabench.signedranks import centre
-
-    return centre(ratios).value
 
 
 def setting_of(row: Row, suite: Suite) -> Setting:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from metabench import signedranks
@@ -45,7 +45,8 @@ class Family(Generic[Name]):
     At every planned look each row still open is judged, Holm's correction over all rows of the family (also those
     decided: which ones are still open is itself chance), `alpha` shared among the looks by Bonferroni. So the chance
     that any row is called regressed whose true change is within the margin is `alpha` at most; the same holds for
-    "improved", and for "unchanged" of rows that are slower by more than `rules.unchanged`.
+    "improved", and for "unchanged" of rows that are slower by more than `rules.unchanged`. The last is corrected by
+    Bonferroni alone: a row is unchanged where, and only where, the upper bound of its interval is below that.
     """
 
     def __init__(self, names: Iterable[Name], rules: Gating) -> None:
@@ -88,8 +89,8 @@ class Family(Generic[Name]):
         alpha = self.rules.alpha / len(self.rules.looks)
         slower = self._rejected(alpha, "regressed", {n: signedranks.p_above(x, margin) for n, x in self._data()})
         faster = self._rejected(alpha, "improved", {n: signedranks.p_below(x, -margin) for n, x in self._data()})
-        not_slower = self._rejected(alpha, "unchanged", {n: signedranks.p_below(x, bound) for n, x in self._data()})
-        not_faster = self._rejected(alpha, "", {n: signedranks.p_above(x, -bound) for n, x in self._data()})
+        not_slower = {n for n, x in self._data() if signedranks.p_below(x, bound) <= self.level}
+        not_faster = {n for n, x in self._data() if signedranks.p_above(x, -bound) <= self.level}
         for name in list(self.ratios):
             if name in self.decided:
                 continue
@@ -126,27 +127,29 @@ def describe(
     return Judgement(outcome, change, small, detectable, reason)
 
 
-def confirming(rules: Gating, alarms: Sequence[Name]) -> Family[Name]:
-    """The second, independent set for the rows that alarmed: one look, at `CONFIRMING`, corrected over these rows."""
-    again = Gating(
-        margin=rules.margin, unchanged=rules.unchanged, alpha=CONFIRMING, looks=rules.looks[:1], seconds=rules.seconds
-    )
-    return Family(alarms, again)
+def findings(judgements: Mapping[Name, Judgement]) -> list[Name]:
+    """The rows that are called slower or faster: what a second set of pairs must confirm."""
+    return [name for name, one in judgements.items() if one.outcome in ("regressed", "improved")]
+
+
+def confirming(rules: Gating, names: Sequence[Name]) -> Family[Name]:
+    """The second, independent set for these rows: the same looks, at `CONFIRMING`, corrected over these rows."""
+    return Family(names, replace(rules, alpha=max(rules.alpha, CONFIRMING)))
 
 
 def confirmed(first: Family[Name], second: Family[Name]) -> dict[Name, Judgement]:
-    """The first set's judgements, with every alarm either confirmed (estimate of both sets) or taken back."""
-    out = first.judgements()
+    """The first set's judgements; each finding is confirmed (with the estimate of both sets) or taken back."""
+    out, rules = first.judgements(), first.rules
     for name, again in second.judgements().items():
         both = [*first.ratios[name], *second.ratios[name]]
-        rules, small = first.rules, out[name].small
         if again.outcome == "incomparable":
             out[name] = again
-        elif again.outcome == "regressed":
-            out[name] = describe(both, "regressed", level=first.level, margin=rules.margin, small=small)
+        elif again.outcome == out[name].outcome:
+            small = out[name].small or again.small
+            out[name] = describe(both, again.outcome, level=first.level, margin=rules.margin, small=small)
         else:
             seen, then = (math.expm1(one.change.value) for one in (out[name], again))
-            reason = f"slower by {seen:.1%} in a first set of pairs, {then:+.1%} in a second: not confirmed"
+            reason = f"{seen:+.1%} in a first set of pairs, {then:+.1%} in a second: not confirmed"
             out[name] = describe(both, "inconclusive", level=first.level, margin=rules.margin, reason=reason)
     return out
 

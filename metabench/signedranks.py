@@ -57,12 +57,13 @@ def centre(values: npt.ArrayLike, *, alpha: float = 0.025) -> Interval:
 def spread(values: npt.ArrayLike) -> float | None:
     """The standard deviation of normal values, from their median absolute deviation: a wild one does not count.
 
-    None for one value.
+    With the correction for few values, n / (n - 0.8), of Croux and Rousseeuw (1992). None for one value.
     """
     x = _checked(values)
     if len(x) == 1:
         return None
-    return float(np.median(np.abs(x - np.median(x)))) / float(distributions.norm.ppf(0.75))
+    deviation = float(np.median(np.abs(x - np.median(x)))) / float(distributions.norm.ppf(0.75))
+    return deviation * len(x) / (len(x) - 0.8)
 
 
 @functools.cache

@@ -254,7 +254,7 @@ def _rising(looks: list[int]) -> list[int]:
     return looks
 
 
-Looks = Annotated[list[Annotated[int, Field(ge=5, le=500)]], AfterValidator(_rising)]
+Looks = Annotated[list[Annotated[int, Field(ge=1, le=500)]], AfterValidator(_rising)]
 
 
 class GateEntry(_Entry):
@@ -266,7 +266,7 @@ class GateEntry(_Entry):
     unchanged: Annotated[float, Field(gt=0, lt=10)] = Field(
         default=0.05, description="A row is unchanged where a change above this share can be ruled out."
     )
-    alpha: Annotated[float, Field(gt=0, le=0.2)] = Field(
+    alpha: Annotated[float, Field(gt=0, le=0.5)] = Field(
         default=0.01, description="The chance of any false alarm in a whole check, over all rows and looks."
     )
     looks: Looks = Field(

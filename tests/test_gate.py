@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -14,11 +18,15 @@ import pytest
 from conftest import DOTS, environ, metabench, started, until, write_learner
 
 import metabench as package
+from metabench import gate
+from metabench.errors import ConfigError, MetabenchError, NothingRan
+from metabench.revisions import Repository
+from metabench.suite import load_suite
 
 ROOT = Path(package.__file__).parent.parent
 
 SLOWER = "sum(range(20_000))"  # beside an adaptation of a fraction of a millisecond
-GATE = "gate: {alpha: 0.2, looks: [5], seconds: 0.1}"
+GATE = "gate: {alpha: 0.5, looks: [1], seconds: 0.1}"  # one pair decides: for changes that nobody can miss
 
 
 def git(folder, *arguments):
@@ -36,7 +44,7 @@ def git(folder, *arguments):
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def write(folder, *, sabotage="pass", gate=GATE, measures="adapt_time", algorithms="learner"):
+def write(folder, *, sabotage="pass", settings=GATE, measures="adapt_time", algorithms="learner"):
     """A project that holds a plug-in: its files and a suite of one kernel."""
     (folder / "dots.py").write_text(DOTS.strip() + "\n")
     write_learner(folder, "learner", sabotage)
@@ -50,7 +58,8 @@ def write(folder, *, sabotage="pass", gate=GATE, measures="adapt_time", algorith
               measures: [{measures}]
             threads: 1
             controls: false
-            {gate}
+            train: {{steps: 3}}
+            {settings}
         """)
     )
     return folder / "mine.yaml"
@@ -76,86 +85,116 @@ def check(*arguments, folder, **more):
     return metabench("check", *arguments, cwd=folder, env=environ(TMPDIR=str(scratch), **more))
 
 
+class Notes:
+    """A gate.Watch that keeps what it is told."""
+
+    def __init__(self):
+        self.said = ""
+
+    def pair(self, stage, number, of, rows):
+        self.said += f"{stage} {number}\n"
+
+    def note(self, text):
+        self.said += f"{text}\n"
+
+
+@pytest.fixture
+def here(project, monkeypatch):
+    """`gate.check` of the project's suite in this process, from its folder: (Gate, what was said)."""
+    scratch = project.parent / "scratch"
+    scratch.mkdir(exist_ok=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    monkeypatch.chdir(project)
+
+    def run(suite="mine.yaml", base="HEAD", **more):
+        watch = Notes()
+        return gate.check(load_suite(Path(suite)), base=base, watch=watch, **more), watch.said
+
+    return run
+
+
+def outcomes(found):
+    return {one.measure: one.outcome for one in found.verdicts}
+
+
 def left(folder):
     """What a check has left in the temporary folder and among the repository's worktrees."""
-    scratch = folder.parent / "scratch"
-    return [*scratch.iterdir()], git(folder, "worktree", "list").splitlines()[1:]
+    scratch = folder.parent / "scratch"  # torch makes a folder of its own there
+    return [one for one in scratch.iterdir() if one.name.startswith("metabench")], git(
+        folder, "worktree", "list"
+    ).splitlines()[1:]
 
 
-def test_a_slower_kernel_is_a_regression_and_a_quicker_one_an_improvement(project):
+def test_a_slower_kernel_is_a_regression(project):
     write(project, sabotage=SLOWER)
     done = check("mine.yaml", "--base", "HEAD", folder=project)
     assert done.returncode == 1, done.stderr + done.stdout
-    assert "1 regressed" in done.stdout and "10 pairs" in done.stdout, "five, and five to confirm"
+    assert "1 regressed" in done.stdout and "2 pairs" in done.stdout, "one, and one to confirm"
     assert "changes that are not committed" in done.stderr
     assert left(project) == ([], [])
-    git(project, "commit", "-am", "slower")
-    write(project)
-    done = check("mine.yaml", "--base", "HEAD", folder=project)
-    assert done.returncode == 0, done.stderr
-    assert "1 improved" in done.stdout and "5 pairs" in done.stdout
     assert git(project, "status", "--porcelain") == "M learner.py", "and nothing else is touched"
 
 
-def test_identical_code_is_said_and_not_measured_unless_asked(project):
-    done = check("mine.yaml", "--base", "main", folder=project)
-    assert done.returncode == 0, done.stderr
-    assert "identical code" in done.stdout and "0 pairs" in done.stdout and "1 unchanged" in done.stdout
-    done = check("mine.yaml", "--base", "main", "--measure-identical", folder=project)
-    assert "identical code" in done.stdout and "5 pairs" in done.stdout, done.stdout + done.stderr
-    assert "control python" in done.stdout and "control matmul" in done.stdout
+def test_identical_code_is_said_and_not_measured_unless_asked(here):
+    found, _ = here(base="main")
+    assert found.identical and found.pairs == 0 and found.exit_code == 0
+    (one,) = found.verdicts
+    assert (one.outcome, one.change, one.low, one.reason) == ("unchanged", 0.0, None, "identical code: not measured")
+    found, _ = here(base="main", measure_identical=True)
+    assert found.identical and found.pairs >= 1 and {one.name for one in found.controls} == {"matmul", "python"}
+    assert found.verdicts[0].detectable is not None or found.verdicts[0].low is not None
 
 
-def test_a_helper_module_and_data_in_its_package_are_part_of_the_code(project):
+def test_a_helper_module_and_data_in_its_package_are_part_of_the_code(project, here, monkeypatch):
     helper = project / "src" / "helper"
     helper.mkdir(parents=True)
-    (helper / "__init__.py").write_text("def work():\n    pass\n")
+    monkeypatch.syspath_prepend(str(project / "src"))
+    (helper / "__init__.py").write_text("def work(learner, x):\n    learner.embedding(x)\n")
     (helper / "table.json").write_text("[1]")
-    write(project, sabotage="__import__('helper').work()")
+    write(project, sabotage="__import__('helper').work(self, support.x.flatten(2))", measures="adapt_flops")
     git(project, "add", ".")
     git(project, "commit", "-m", "with a helper")
-    source = str(project / "src")
-    done = check("mine.yaml", "--base", "HEAD", folder=project, PYTHONPATH=f"{ROOT}:{source}")
-    assert "identical code" in done.stdout, done.stdout + done.stderr
+    (project / "README.md").write_text("of no matter")
+    assert here()[0].identical
     (helper / "table.json").write_text("[2]")
-    done = check("mine.yaml", "--base", "HEAD", folder=project, PYTHONPATH=f"{ROOT}:{source}")
-    assert "identical code" not in done.stdout and "5 pairs" in done.stdout
-    (helper / "__init__.py").write_text(f"def work():\n    {SLOWER}\n")
-    done = check("mine.yaml", "--base", "HEAD", folder=project, PYTHONPATH=f"{ROOT}:{source}")
-    assert done.returncode == 1, "the base has its own helper"
+    found, _ = here()
+    assert not found.identical and outcomes(found) == {"adapt_flops": "unchanged"}
+    (helper / "__init__.py").write_text("def work(learner, x):\n    learner.embedding(x), learner.embedding(x)\n")
+    found, _ = here()
+    assert outcomes(found) == {"adapt_flops": "regressed"}, "the base has its own helper"
+    assert found.exit_code == 1
 
 
-def test_an_installed_copy_of_the_projects_module_is_refused_by_name(project):
+def test_an_installed_copy_of_the_projects_module_is_refused_by_name(project, here, monkeypatch):
     installed = project.parent / "elsewhere" / "site-packages"
     for folder in (installed / "helper", project / "helper"):
         folder.mkdir(parents=True)
         (folder / "__init__.py").write_text("def work():\n    pass\n")
+    monkeypatch.syspath_prepend(str(project))
     sabotage = f"import sys; sys.path.insert(0, {str(installed)!r}); __import__('helper').work()"
-    write(project, sabotage=sabotage)
+    write(project, sabotage=sabotage, measures="adapt_flops")
     git(project, "add", ".")
     git(project, "commit", "-m", "with a helper")
-    done = check("mine.yaml", "--base", "HEAD", folder=project)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert (
-        "loaded helper from" in done.stderr and "site-packages" in done.stderr and "outside its own tree" in done.stderr
-    )
+    with pytest.raises(ConfigError, match=r"loaded helper from .*site-packages.*outside its own tree"):
+        here()
     assert left(project) == ([], [])
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="metabench is not in a repository here")
 def test_metabench_itself_is_taken_from_each_side(tmp_path):
     folder = tmp_path / "clone"
     git(tmp_path, "clone", "--shared", str(ROOT), str(folder))
     for changed in git(ROOT, "ls-files", "-mo", "--exclude-standard", "metabench", "suites").splitlines():
         (folder / changed).parent.mkdir(parents=True, exist_ok=True)
         (folder / changed).write_bytes((ROOT / changed).read_bytes())
+    suite = write(folder / "suites", measures="adapt_flops")
     git(folder, "add", ".")
-    git(folder, "commit", "--allow-empty", "-m", "as it is")
-    suite = write(folder / "suites")
+    git(folder, "commit", "-m", "as it is")
     source = folder / "metabench" / "kernels.py"
     text = source.read_text()
-    source.write_text(
-        text.replace("    def thunk() -> object:\n", f"    def thunk() -> object:\n        {SLOWER}\n", 1)
-    )
+    twice = "            algorithm.adapt(episode.support, seeds=episode.seeds, steps=steps)\n"
+    once = "            return algorithm.adapt("
+    source.write_text(text.replace(once, twice + once))
     assert source.read_text() != text
     done = check(suite, "--base", "HEAD", folder=folder, PYTHONPATH=str(folder))
     assert done.returncode == 1, done.stdout + done.stderr
@@ -170,71 +209,87 @@ def test_metabench_itself_is_taken_from_each_side(tmp_path):
     assert done.returncode == 2 and "speaks protocol 1" in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize(
-    "broken, says",
-    [("import nonsense_that_is_not_there\n", "nonsense_that_is_not_there"), ("raise SystemExit(3)\n", "exit code 3")],
-)
-def test_a_base_that_cannot_be_imported_is_an_incomparable_row(project, broken, says):
+def test_a_base_that_cannot_be_imported_is_an_incomparable_row(project, here):
     good = (project / "learner.py").read_text()
-    (project / "learner.py").write_text(good.replace("import os, time\n", f"import os, time\n{broken}"))
+    (project / "learner.py").write_text(good.replace("import os, time\n", "import os, time\nimport no_such_module\n"))
     git(project, "commit", "-am", "broken")
     (project / "learner.py").write_text(good)
-    done = check("mine.yaml", "--base", "HEAD", folder=project, COLUMNS="300")
-    assert done.returncode == 0, done.stderr
-    assert "1 incomparable" in done.stdout and "base: " in done.stdout and says in done.stdout
+    found, _ = here()
+    assert outcomes(found) == {"adapt_time": "incomparable"} and found.exit_code == 0 and not found.identical
+    assert found.verdicts[0].reason.startswith("base: ") and "no_such_module" in found.verdicts[0].reason
 
 
-def test_a_candidate_that_cannot_be_imported_is_a_failed_cell(project):
-    write(project, sabotage="raise ValueError('no such thing')")
-    done = check("mine.yaml", "--base", "HEAD", folder=project, COLUMNS="300")
-    assert done.returncode == 3, done.stdout + done.stderr
-    assert "candidate: ValueError: no such thing" in done.stdout
+def test_a_candidate_that_dies_is_a_failed_cell_and_the_others_go_on(project, here):
+    write_learner(project, "other")
+    suite = project / "mine.yaml"
+    suite.write_text(
+        suite.read_text().replace("learner.py]", "learner.py, other.py]").replace("[learner]", "[learner, other]")
+    )
+    git(project, "add", ".")
+    git(project, "commit", "-m", "two")
+    write_learner(project, "learner", "os._exit(7)")
+    found, _ = here()
+    assert found.exit_code == 3 and "exit code 7" in found.failed[0]
+    first, second = found.verdicts
+    assert first.outcome == "incomparable" and first.reason.startswith("candidate: the worker ended with exit code 7")
+    assert second.cell.startswith("other/") and second.outcome != "incomparable"
 
 
-def test_what_the_base_does_not_know_yet(project):
+def test_what_the_base_does_not_know_yet(project, here):
     source = (project / "learner.py").read_text()
     (project / "learner.py").write_text(source.replace("lr: float = 0.01", "lr: float = 0.02, depth: int = 1"))
     write_learner(project, "newcomer")
+    more = "[learner, newcomer, {name: learner, params: {depth: 2}}]"
+    suite = write(project, measures="adapt_flops").read_text()
+    (project / "learner.py").write_text(source.replace("lr: float = 0.01", "lr: float = 0.02, depth: int = 1"))
     (project / "mine.yaml").write_text(
-        (project / "mine.yaml")
-        .read_text()
-        .replace("learner.py]", "learner.py, newcomer.py]")
-        .replace("[learner]", "[learner, newcomer, {name: learner, params: {depth: 2}}]")
+        suite.replace("learner.py]", "learner.py, newcomer.py]").replace("[learner]", more)
     )
-    done = check("mine.yaml", "--base", "HEAD", folder=project, COLUMNS="300")
-    assert done.returncode == 0, done.stderr
-    assert "base: newcomer is not there yet" in done.stdout and "base: learner has no parameter depth" in done.stdout
-    assert "has no parameter depth yet and runs without" in done.stderr
-    assert "the default of lr is 0.02 now, 0.01 in the base" in done.stderr
-    assert "2 incomparable" in done.stdout
+    found, said = here()
+    reasons = [one.reason for one in found.verdicts if one.outcome == "incomparable"]
+    assert reasons == ["base: newcomer is not there yet", "base: learner has no parameter depth there"]
+    assert [one.outcome for one in found.verdicts] == ["incomparable", "incomparable", "unchanged"]
+    assert "has no parameter depth yet and runs without" in said
+    assert "the default of lr is 0.02 now, 0.01 in the base" in said
 
 
-def test_counts_are_compared_exactly_without_pairs(project):
-    write(project, measures="adapt_flops, meta_step_nodes, accuracy")
+def test_counts_are_compared_exactly_without_pairs(project, here):
+    wanted = "adapt_flops, meta_step_nodes, accuracy"
+    write(project, measures=wanted, sabotage="self.embedding(support.x.flatten(2))")
+    found, said = here()
+    assert outcomes(found) == {"adapt_flops": "regressed", "meta_step_nodes": "unchanged"}
+    assert found.pairs == 0 and found.exit_code == 1 and found.verdicts[0].change > 0
+    assert "1 rows are no times or counts" in said
     git(project, "commit", "-am", "counts")
-    write(project, measures="adapt_flops, meta_step_nodes, accuracy", sabotage="self.embedding(support.x.flatten(2))")
-    done = check("mine.yaml", "--base", "HEAD", folder=project, COLUMNS="300")
-    assert done.returncode == 1, done.stderr
-    assert "adapt_flops" in done.stdout and "1 regressed" in done.stdout and "1 unchanged" in done.stdout
-    assert "0 pairs" in done.stdout and "1 rows are no times or counts" in done.stderr
+    write(project, measures=wanted)
+    assert outcomes(here()[0])["adapt_flops"] == "improved"
 
 
-def test_messages_for_what_is_not_there(project, tmp_path):
-    for arguments, says in (
-        (("mine.yaml",), "--base REVISION"),
-        (("mine.yaml", "--base", "nowhere"), "no such revision"),
-        (("mine.yaml", "--base", "-x"), "no such revision"),
-        (("mine.yaml", "--base", "HEAD", "-k", "nothing"), "no row"),
-        (("mine.yaml", "--base-python", "/no/python"), "neither an interpreter nor"),
+def test_messages_for_what_is_not_there(project, here, tmp_path, monkeypatch):
+    for options, says in (
+        ({"base": None}, "--base REVISION"),
+        ({"base": "nowhere"}, "no such revision"),
+        ({"base": "-x"}, "no such revision"),
+        ({"select": "nothing"}, "no row"),
+        ({"base": None, "base_python": Path("/no/python")}, "neither an interpreter nor"),
+        ({"base_python": Path("/no/python")}, "what to compare with"),
     ):
-        done = check(*arguments, folder=project)
-        assert done.returncode in (2, 3) and says in done.stderr, (arguments, done.stderr)
+        with pytest.raises(MetabenchError, match=says):
+            here(**options)
     plain = tmp_path / "plain"
     plain.mkdir()
-    done = check(write(plain), "--base", "HEAD", folder=plain)
-    assert done.returncode == 2 and "not a git repository" in done.stderr
-    done = check("mine.yaml", "--base", "HEAD", folder=project, PATH="/nowhere")
-    assert done.returncode == 2 and "needs git" in done.stderr
+    with pytest.raises(ConfigError, match="not a git repository"):
+        here(suite=write(plain))
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match="needs git"):
+        here()
+
+
+def test_a_git_hook_does_not_mislead_git(project, here, monkeypatch):
+    monkeypatch.setenv("GIT_DIR", str(project / "nowhere"))
+    monkeypatch.setenv("GIT_INDEX_FILE", "nowhere")
+    with pytest.raises(NothingRan):
+        here(select="nothing")
 
 
 @pytest.mark.parametrize(
@@ -253,15 +308,14 @@ def test_a_shallow_clone_gets_the_line_to_run(project, tmp_path, name, line):
     git(project, "commit", "-am", "second")
     clone = tmp_path / "shallow"
     git(tmp_path, "clone", "--depth=1", f"file://{project}", str(clone))
-    done = check("mine.yaml", "--base", name, folder=clone)
-    assert done.returncode == 2 and line in done.stderr, done.stderr
+    repository = Repository.around(clone / "mine.yaml")
+    with pytest.raises(ConfigError, match=re.escape(line)):
+        repository.commit(name)
     git(clone, *line.split()[1:])
-    assert git(clone, "rev-parse", name) == first
-    done = check("mine.yaml", "--base", first[:10], "-k", "nothing", folder=clone)
-    assert done.returncode == 3, "now it is there"
+    assert repository.commit(name) == first
 
 
-def test_the_same_code_between_two_interpreters(project, tmp_path):
+def test_the_same_code_between_two_interpreters(project, here, tmp_path):
     slow = tmp_path / "other" / "bin" / "python"
     slow.parent.mkdir(parents=True)
     slow.symlink_to(sys.executable)
@@ -271,14 +325,18 @@ def test_the_same_code_between_two_interpreters(project, tmp_path):
     site.mkdir(parents=True)
     (site / "real.pth").write_text(packages + "\n")
     (site / "slow.pth").write_text("import builtins; builtins.SLOW = True\n")
-    write(
-        project,
-        sabotage="hasattr(__builtins__, 'SLOW') or isinstance(__builtins__, dict) and 'SLOW' in __builtins__ or "
-        + SLOWER,
-    )
-    done = check("mine.yaml", "--base-python", tmp_path / "other", folder=project)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "1 regressed" in done.stdout
+    slower = "'SLOW' not in vars(__import__('builtins')) and self.embedding(support.x.flatten(2))"
+    write(project, sabotage=slower, measures="adapt_flops")
+    found, _ = here(base=None, base_python=tmp_path / "other")
+    assert outcomes(found) == {"adapt_flops": "regressed"} and str(slow) in found.base
+
+
+def workers_of(process):
+    """The living workers that a process has started."""
+    found = [one for one in process.children() if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    with contextlib.suppress(psutil.Error):
+        return [one for one in found if "metabench.worker" in " ".join(one.cmdline())]
+    return []
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -287,11 +345,11 @@ def test_nothing_is_left_after_an_interruption(project, sent, monkeypatch):
     scratch.mkdir()
     monkeypatch.setenv("TMPDIR", str(scratch))
     monkeypatch.chdir(project)
-    write(project, sabotage="time.sleep(0.01)", gate="gate: {looks: [200], seconds: 0.1}")
+    write(project, sabotage="time.sleep(0.01)", settings="gate: {looks: [200], seconds: 0.1}")
     with started("check", "mine.yaml", "--base", "HEAD") as process:
         me = psutil.Process(process.pid)
-        until(lambda: sum("metabench.worker" in " ".join(p.cmdline()) for p in me.children()) == 2, "two workers")
-        workers = me.children()
+        until(lambda: len(workers_of(me)) == 2, "two workers")
+        workers = workers_of(me)
         assert len(left(project)[1]) == 1, "the worktree is there meanwhile"
         process.send_signal(sent)
         process.wait(timeout=30)
@@ -299,9 +357,30 @@ def test_nothing_is_left_after_an_interruption(project, sent, monkeypatch):
         assert not any(worker.is_running() for worker in workers)
     if sent == signal.SIGKILL:
         assert len(left(project)[1]) == 1, "nobody could remove it"
-        check("mine.yaml", "--base", "HEAD", "-k", "nothing", folder=project)
-        check("mine.yaml", "--base", "HEAD", folder=project)
+        assert check("mine.yaml", "--base", "HEAD", "-k", "nothing", folder=project).returncode == 3
     else:
         assert process.returncode == 130
     assert left(project)[1] == []
     assert [one for one in left(project)[0] if one.name.startswith("metabench-base-")] == []
+
+
+def test_more_rows_than_the_pairs_can_decide(project, here):
+    write(project, settings="gate: {looks: [5]}", sabotage="None")
+    with pytest.raises(ConfigError, match="a last look at 7 or later"):
+        here()
+    assert left(project) == ([], [])
+
+
+def test_the_self_test_sees_what_it_injects_and_says_how_noisy_it_was(project):
+    out = project / "trials.jsonl"
+    done = metabench("selftest", "mine.yaml", "--inject", "200%", "--trials", "2", "--out", out, cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert "found of +200%: 2 of 2" in done.stdout and "false alarms, rows: " in done.stdout
+    assert "recommended for this machine:\ngate: {margin: 0.02" in done.stdout
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    injected = [line for line in lines if line["injected"] == 2.0]
+    assert [line["outcome"] for line in injected] == ["regressed", "regressed"]
+    for line in injected:
+        assert 1.5 < math.expm1(line["ln_change"]) < 2.7 and len(line["ln_ratios"]) == 2
+    for wrong in ("5 per cent", "-1", "5%,5%"):
+        assert metabench("selftest", "mine.yaml", "--inject", wrong, cwd=project).returncode == 2

@@ -72,6 +72,7 @@ ALLOWED: dict[str, set[str]] = {
         "workers",
         *SUITES,
     },
+    "selftest": {"gate", "judging", "pairs", "plan", "signedranks", "stats", "suite"},
     "runner": {"costs", "plan", "store", "environment", "stats", "workers", *SUITES},
     "worker": {"bench", "catalogue", "environment", "measure", "scoring"},
     "probe": {"environment", "roofs", "timing"},
@@ -79,11 +80,12 @@ ALLOWED: dict[str, set[str]] = {
     # the top
     "progress": {"runner", "store"},
     "listing": {"datasets", *SUITES},
-    "cli": {"gate", "plan", "runner", "report", "store", "progress", "listing", "doctor", *SUITES},
+    "cli": {"gate", "selftest", "plan", "runner", "report", "store", "progress", "listing", "doctor", *SUITES},
 }
 PLAIN = (
     "suite", "cells", "suitefile", "catalogue", "store", "environment", "stats", "roofline", "verdicts", "doctor",
     "plan", "workers", "costs", "runner", "report", "cli", "signedranks", "judging", "revisions", "pairs", "gate",
+    "selftest",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
