@@ -68,16 +68,16 @@ class Bench:
     def _prepare(self, message: Message) -> dict[str, Any]:
         """Make a row's kernel ready; `calls` of an earlier process are used again.
 
-        With `share` it is made slower by that share of its time; `burden` holds the units of an earlier process.
+        With `share` it is made slower by that share of the time that it takes in this process.
         """
         subject = self._subject(message, message["params"])
         kernel = make_kernel(message["kernel"], subject)
         facts = self._facts(subject, kernel)
         if share := message.get("share"):
             clock = timing.clock_of(message["device"])
-            units = _by_part(message.get("burden")) or self._units(kernel, share, clock)
+            units = self._units(kernel, share, clock)
             slower = {part: timing.burdened(thunk, units[part], clock) for part, thunk in kernel.parts.items()}
-            kernel, facts = replace(kernel, parts=slower), {**facts, "burden": units}
+            kernel = replace(kernel, parts=slower)
         return self._keep(message, kernel, _by_part(message.get("calls")), facts)
 
     def _units(self, kernel: Kernel, share: float, clock: timing.Clock) -> dict[int, int]:

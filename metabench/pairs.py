@@ -99,7 +99,6 @@ class Pairs:
         self.folder, self.seconds, self.seed = folder, seconds, seed
         self.faults: dict[Name, Fault] = {}
         self.calls: dict[Name, Mapping[str, int]] = {}  # of a slice: found on the base, once, and used everywhere
-        self.burdens: dict[Name, Mapping[str, int]] = {}
         self.rounds: dict[Name, int] = {}
         self.hellos: dict[Which, Mapping[str, Any]] = {}
         self.disturbances: list[dict[str, Any]] = []
@@ -234,15 +233,13 @@ class Pairs:
         for which in order:
             message = {**item.messages[which], "kind": "prepare", "calls": self.calls.get(item.name)}
             if item.name.share and which == "candidate":
-                message |= {"share": item.name.share, "burden": self.burdens.get(item.name)}
+                message["share"] = item.name.share
             heard = self._ask(item.name, which, workers, message)
             if heard["status"] != "ok":
                 self.faults[item.name] = Fault(which, heard["status"], heard["reason"])
                 del self.items[item.name]
                 return None
             self.calls.setdefault(item.name, heard["calls"])
-            if "burden" in heard["facts"]:
-                self.burdens.setdefault(item.name, heard["facts"]["burden"])
             numbers[which] = heard["id"]
         return _Running(item.name, workers, numbers, [int(part) for part in self.calls[item.name]])
 

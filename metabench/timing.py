@@ -27,7 +27,7 @@ WARM_UP_CALLS = 3
 SLICE_SECONDS = 0.02
 LAUNCH_SHARE = 0.9  # of the device's time spent launching: the device waits for the host
 IDLE_UNITS, IDLE_CYCLES = 5000, 100  # a unit is some 10 nanoseconds on the CPU, so many cycles on CUDA
-IDLE_ROUNDS = 9
+IDLE_ROUNDS = 5
 
 READINGS = 1_000_000  # so many readings without a step: the clock stands still
 COARSEST = SLICE_SECONDS / 1000  # a slice is read to a thousandth

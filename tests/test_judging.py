@@ -189,6 +189,8 @@ def test_controls_move_only_when_they_move():
     assert proportion_interval(sum(one is not None for one in still), 500)[0] <= CONTROL_LEVEL
     assert sum(one is not None for one in still) <= 5
     assert sum(moved(0.05 + noise(rng, 14, 0.01), 0.02) is not None for _ in range(50)) > 40
+    noisy = sum(moved(noise(rng, 14, 0.15), 0.02) is not None for _ in range(500))
+    assert proportion_interval(noisy, 500)[0] <= CONTROL_LEVEL, "far off, but by chance"
     assert moved([0.004 + 0.0001 * n for n in range(14)], 0.02) is None, "sure, but no matter"
 
 

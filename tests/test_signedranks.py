@@ -37,6 +37,7 @@ def test_p_value_is_the_share_of_sign_patterns_that_are_as_extreme():
 
 def test_ties_and_values_at_the_shift_never_help_to_reject():
     assert p_above([0.0, 0.0, 1.0]) == p_above([-1e-9, -2e-9, 1.0])
+    assert p_above([1.0, -1.0, 2.0]) == 3 / 8  # mid-ranks 1.5, 1.5, 3: three of eight patterns of signs give 4.5 or 6
     rng = np.random.default_rng(1)
     for _ in range(200):
         x = rng.integers(-3, 4, 10).astype(float)
