@@ -6,9 +6,13 @@ Messages and answers are plain data; see `plan.cost_message`.
 
 from __future__ import annotations
 
+import hashlib
+import sys
+import sysconfig
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +54,7 @@ class Bench:
             "control": self._control,
             "slice": self._slice,
             "count": self._count,
+            "modules": lambda asked: {"modules": sorted(imported(asked["names"]))},
             "roofs": lambda asked: {"roofs": roofs.measure(asked["device"])},
         }
         try:
@@ -61,16 +66,29 @@ class Bench:
             return {"status": "failed", "reason": reason_of(error)}
 
     def _prepare(self, message: Message) -> dict[str, Any]:
-        """Make a row's kernel ready; `calls` of an earlier process are used again."""
+        """Make a row's kernel ready; `calls` of an earlier process are used again.
+
+        With `share` it is made slower by that share of the time that it takes in this process.
+        """
         subject = self._subject(message, message["params"])
         kernel = make_kernel(message["kernel"], subject)
-        known = {int(part): calls for part, calls in (message.get("calls") or {}).items()}
-        return self._keep(message, kernel, known, self._facts(subject, kernel))
+        facts = self._facts(subject, kernel)
+        if share := message.get("share"):
+            clock = timing.clock_of(message["device"])
+            units = self._units(kernel, share, clock)
+            slower = {part: timing.burdened(thunk, units[part], clock) for part, thunk in kernel.parts.items()}
+            kernel = replace(kernel, parts=slower)
+        return self._keep(message, kernel, _by_part(message.get("calls")), facts)
+
+    def _units(self, kernel: Kernel, share: float, clock: timing.Clock) -> dict[int, int]:
+        """The idle work that makes each part of a kernel slower by a share."""
+        kernel.restore()
+        return {part: round(share * timing.units_of(thunk, clock)) for part, thunk in kernel.parts.items()}
 
     def _control(self, message: Message) -> dict[str, Any]:
         """Make ready fixed work that none of our code takes part in."""
         kernel = Kernel({0: roofs.controls()[message["name"]]}, images=0)
-        return self._keep(message, kernel, {}, {})
+        return self._keep(message, kernel, _by_part(message.get("calls")), {})
 
     def _keep(self, message: Message, kernel: Kernel, known: Mapping[int, int], facts: Message) -> dict[str, Any]:
         clock = timing.clock_of(message["device"])
@@ -131,3 +149,26 @@ class Bench:
             "images": kernel.images,
             **subject.algorithm.facts(subject.shown()),
         }
+
+
+def _by_part(numbers: Mapping[str, int] | None) -> dict[int, int]:
+    """Keys as they were before JSON made them text."""
+    return {int(part): number for part, number in (numbers or {}).items()}
+
+
+def imported(names: Collection[str]) -> Iterator[tuple[str, str, str]]:
+    """(name, file, SHA-256) of every loaded module that is not installed, or under a top-level name in `names`.
+
+    So a parent can tell which version of a project's code this process really runs.
+    """
+    paths = sysconfig.get_paths()
+    installed = [Path(paths[key]).resolve() for key in ("stdlib", "platstdlib", "purelib", "platlib")]
+    for key, module in list(sys.modules.items()):
+        name = getattr(getattr(module, "__spec__", None), "name", key)  # that of __main__ is its own
+        file = getattr(module, "__file__", None)
+        if not file or not Path(file).is_file():
+            continue
+        path = Path(file).resolve()
+        foreign = any(map(path.is_relative_to, installed)) or {"site-packages", "dist-packages"} & {*path.parts}
+        if name.partition(".")[0] in names or not foreign:
+            yield name, str(path), hashlib.sha256(path.read_bytes()).hexdigest()

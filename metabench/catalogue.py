@@ -183,6 +183,13 @@ def catalogue(plugins: Sequence[Path] = ()) -> Catalogue:
     return Catalogue(algorithms=by_name["algorithm"], datasets=by_name["dataset"])
 
 
+def read_plugin(file: Path) -> Plugin:
+    """What a plug-in file, or one of metabench's own, says of itself, not running it. Raises ConfigError."""
+    plugin = _read_plugin(file)
+    assert plugin is not None  # only of a built-in file without METABENCH
+    return plugin
+
+
 def _read_plugin(file: Path, *, module: str | None = None, builtin: bool = False) -> Plugin | None:
     """Read a plug-in, not running it; None for a built-in file without METABENCH. Raises ConfigError with the line."""
     tree = _parse(file)

@@ -1,8 +1,8 @@
 """The command line: parse, call one library function, print, exit code. Heavy imports stay inside the commands.
 
 Data goes to standard output, progress and logs to standard error. Exit codes: 0 good, 1 regression found, 2 usage or
-configuration, 3 a cell failed or nothing ran, 4 inconclusive or incomparable (only where asked for), 130 interrupted
-with the partial results kept.
+configuration, 3 a cell failed or nothing ran, 4 contaminated (or what --fail-on names), 130 interrupted with the
+partial results kept.
 """
 
 from __future__ import annotations
@@ -336,30 +336,126 @@ def compare(
 
 @app.command()
 def check(
+    suite: Annotated[
+        str | None, typer.Argument(metavar="[SUITE]", help="A suite with times or counts of kernels, for a live check.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Live: the working tree against this git revision, e.g. origin/main or HEAD~1.")
+    ] = None,
+    base_python: Annotated[
+        Path | None, typer.Option(help="Live: this interpreter against that one (or a virtual environment's folder).")
+    ] = None,
+    measure_identical: Annotated[
+        bool, typer.Option("--measure-identical", help="Live: measure even where both sides load the same code.")
+    ] = False,
     baseline: Annotated[
-        list[Path], typer.Option(help="Stored results: a run's folder, a folder of runs, a results.csv; repeatable.")
-    ],
-    candidate: Annotated[list[Path], typer.Option(help="The results to judge; repeatable.")],
+        list[Path] | None,
+        typer.Option(help="Stored results: a run's folder, a folder of runs, a results.csv; repeatable."),
+    ] = None,
+    candidate: Annotated[list[Path] | None, typer.Option(help="The stored results to judge; repeatable.")] = None,
     format: Annotated[str, typer.Option("--format", "-f", help="table, md, csv or json.")] = "table",
     select: Select = "",
     fail_on: Annotated[
         str, typer.Option(help="Fail also on these: inconclusive, incomparable, missing; several with commas.")
     ] = "",
     junit: Annotated[Path | None, typer.Option(help="Write the verdicts as JUnit XML to this file.")] = None,
+    data_root: DataRoot = None,
 ) -> None:
-    """The gate for CI: fail where the candidate is worse than the baseline.
+    """The gate for CI: fail where the candidate is worse than the base.
+
+    Live, two versions of the code side by side on this machine, for times and counts: `check SUITE --base REVISION` or
+    `check SUITE --base-python PATH`. Stored results, for accuracy too: `check --baseline RUN --candidate RUN`.
 
     Exit codes: 0 no regression, 1 a row regressed, 2 usage or configuration, 3 a row failed or nothing could be
-    compared, 4 what --fail-on names. Writes GITHUB_STEP_SUMMARY, GITHUB_OUTPUT (`verdict=`) and one annotation.
+    compared, 4 contaminated, or what --fail-on names. Writes GITHUB_STEP_SUMMARY, GITHUB_OUTPUT (`verdict=`) and one
+    annotation.
     """
-    from metabench import compare as comparison
     from metabench import verdict_report
 
     asked = _fail_on(fail_on)
     verdict_report.check_format(format)
-    found = [comparison.compare(baseline, candidate, select=select)]
+    live, stored = (suite, base, base_python), (baseline, candidate)
+    if any(live) == any(stored) or not (suite if any(live) else all(stored)):
+        raise ConfigError("check either SUITE with --base or --base-python, or --baseline RUN with --candidate RUN")
+    if suite is not None:
+        _use_data_root(data_root)
+        found = [_check_live(suite, base, base_python, select, measure_identical)]
+    else:
+        from metabench import compare as comparison
+
+        found = [comparison.compare(baseline or [], candidate or [], select=select)]
     _print_findings(found, format)
     _conclude(found, asked, junit)
+
+
+def _check_live(
+    suite: str, base: str | None, base_python: Path | None, select: str, measure_identical: bool
+) -> Findings:
+    from metabench import gate
+    from metabench.progress import ShowPairs
+    from metabench.suite import load_suite
+
+    return gate.check(
+        load_suite(suite),
+        base=base,
+        base_python=base_python,
+        watch=ShowPairs(_console(stderr=True)),
+        select=select,
+        measure_identical=measure_identical,
+    )
+
+
+@app.command()
+def selftest(
+    suite: Annotated[str, typer.Argument(help="A shipped suite or a YAML file, with times of kernels.")],
+    inject: Annotated[
+        str, typer.Option(help="Slowdowns to find, as shares of a kernel's time: 5%, or 5%,10%, or 0 for none.")
+    ] = "5%",
+    trials: Annotated[int, typer.Option(min=1, help="Checks of the same code against itself.")] = 5,
+    select: Select = "",
+    out: Annotated[
+        Path | None, typer.Option(help="Append the raw ratios and verdicts of each trial to this file, as JSON lines.")
+    ] = None,
+    data_root: DataRoot = None,
+) -> None:
+    """Test the live gate on this machine: false alarms on identical code, slowdowns found, settings as YAML."""
+    import json
+
+    from rich.console import Console
+
+    from metabench import selftest as examiner
+    from metabench.progress import ShowPairs
+    from metabench.suite import load_suite
+
+    _use_data_root(data_root)
+
+    def keep(trial: examiner.Trial) -> None:
+        if out is not None:
+            with out.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in trial.lines())
+
+    if out is not None:
+        out.touch()  # what cannot be written is said now, not after an hour
+    found = examiner.selftest(
+        load_suite(suite),
+        inject=_shares(inject),
+        trials=trials,
+        select=select,
+        watch=ShowPairs(_console(stderr=True)),
+        keep=keep,
+    )
+    examiner.show(found, Console(width=_width(), highlight=False, emoji=False))
+
+
+def _shares(text: str) -> list[float]:
+    """'5%,10%' or '0.05,0.1' as shares; 0 is none."""
+    try:
+        found = [float(one.removesuffix("%")) / (100 if one.endswith("%") else 1) for one in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--inject {text}: give shares such as 5% or 5%,10%") from None
+    if not all(0 <= share <= 10 for share in found) or len({*found}) < len(found):
+        raise ConfigError(f"--inject {text}: shares lie between 0 and 1000%, each once")
+    return [share for share in found if share]
 
 
 @app.command()

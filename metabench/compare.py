@@ -33,7 +33,7 @@ from metabench.joint import faster, join, method_of
 from metabench.sides import Floats, Result, Scores, Side, load
 from metabench.stats import Source
 from metabench.thresholds import Kind, Margin, Thresholds, kind_of
-from metabench.verdicts import Absent, Findings, Outcome, Scale, Verdict
+from metabench.verdicts import Absent, Findings, Scale, Verdict, of_counts
 
 ALPHA = 0.01  # family-wise, over all rows of a comparison and for each direction
 TAIL = 0.025  # one side of the 95 % intervals shown
@@ -258,19 +258,16 @@ def _judge(cell: str, pairs: Sequence[tuple[Result, Result]], margin: Margin, ac
 def _count(made: Verdict, before: Result, after: Result) -> Verdict:
     """Counts are exact; a peak of memory repeats to within its margin, and to `GRAIN` where the system counts it."""
     a, b = float(before.value or 0.0), float(after.value or 0.0)
-    allowed = made.margin * a
-    if made.scale == "ratio" and before.text("device") == "cpu":
-        allowed = max(allowed, GRAIN)
-    outcome: Outcome = "regressed" if b - a > allowed else "improved" if a - b > allowed else "unchanged"
-    reason = f"{a:.0f} -> {b:.0f}"
+    if made.scale == "ratio" and before.text("device") == "cpu" and a > 0:
+        made = replace(made, margin=max(made.margin, GRAIN / a))
+    found = of_counts(made, a, b)
     if before.environment != after.environment and b != a:
-        reason += f"; {_differ(before, after)}"
-    made = replace(made, outcome=outcome, reason=reason)
-    if made.scale == "exact":
-        return replace(made, change=b - a, margin=allowed, detectable=math.floor(allowed) + 1.0)
+        found = replace(found, reason=f"{found.reason}; {_differ(before, after)}")
+    if found.scale == "exact":
+        return found
     if a <= 0:
-        return replace(made, outcome="incomparable", reason=f"{reason}: no ratio to a peak of 0")
-    return replace(made, change=b / a - 1, margin=allowed / a, detectable=allowed / a)
+        return replace(made, outcome="incomparable", change=None, reason=f"{found.reason}: no ratio to a peak of 0")
+    return replace(found, change=b / a - 1, margin=made.margin, detectable=made.margin)
 
 
 # times

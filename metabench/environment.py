@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-PROTOCOL = 1  # of the lines that parent and worker speak
+PROTOCOL = 2  # of the lines that parent and worker speak
 PACKAGES = ("torch", "numpy", "scipy", "pillow")
 PEERS = ("higher", "torchopt", "easyfsl", "learn2learn")  # named where they are installed
 # How glibc treats freed memory. Kept, because otherwise it maps, faults in and unmaps every large tensor at each step,

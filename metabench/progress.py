@@ -100,6 +100,31 @@ class Show:
         self.console.print(escape(text), style=style, soft_wrap=True, highlight=False)
 
 
+class ShowPairs:
+    """A `gate.Watch` on standard error: a line per pair on a terminal, elsewhere one now and then."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._said = self._began = 0.0
+
+    def pair(self, stage: str, number: int, of: int, rows: int) -> None:
+        """Say where the check is."""
+        now = time.monotonic()
+        self._began = now if number == 1 else self._began
+        if number > 1 and now - self._said < QUIET_SECONDS and not self.console.is_terminal:
+            return
+        self._said = now
+        where = f"{stage} {number}, next decision after {of}" if of else stage
+        left = (now - self._began) / (number - 1) * (of - number + 1) if number > 1 else 0.0
+        when = f", about {left:.0f} s" if left else ""
+        kernels = f"{rows} kernel{'s' * (rows != 1)}"
+        self.console.print(f"{where}{when}: {kernels}", style="dim", highlight=False, markup=False)
+
+    def note(self, text: str) -> None:
+        """Say something the user should know."""
+        self.console.print(f"note: {text}", style="yellow", soft_wrap=True, highlight=False, markup=False)
+
+
 def _short(run: Run) -> str:
     path = run.path.resolve()
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -51,6 +51,15 @@ class Timing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gating:
+    """How two versions are told apart by time: see `suitefile.GateEntry`, whose keys these are."""
+
+    alpha: float = 0.01
+    looks: tuple[int, ...] = (14, 28)
+    seconds: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Suite:
     """A validated suite. `plugins` are the files it names, then those of the call; `threads` None means all cores."""
 
@@ -64,6 +73,7 @@ class Suite:
     plugins: tuple[Path, ...]
     catalogue: Catalogue = field(repr=False, compare=False)
     timing: Timing
+    gate: Gating = Gating()
     points: Mapping[Cell, tuple[str, ...]] = field(repr=False)
     thresholds: Mapping[str, Any] = field(default_factory=dict, repr=False)  # as thresholds.Thresholds.of reads them
 
@@ -121,6 +131,7 @@ def load_suite(name: str | Path, *, plugins: Sequence[Path] = ()) -> Suite:
         plugins=files,
         catalogue=known,
         timing=Timing(**entry.timing.model_dump()),
+        gate=Gating(**{**entry.gate.model_dump(), "looks": tuple(entry.gate.looks)}),
         points=points,
         thresholds=entry.thresholds.model_dump(exclude_none=True, exclude_defaults=True),
     )

@@ -317,6 +317,30 @@ class ThresholdsEntry(MarginEntry):
     overrides: list[OverrideEntry] = Field(default=[], description="Margins of some cells, over the suite's.")
 
 
+def _rising(looks: list[int]) -> list[int]:
+    """Raise ValueError for looks that do not come one after the other."""
+    if looks != sorted(set(looks)):
+        raise ValueError("looks must rise, such as [14, 28]")
+    return looks
+
+
+Looks = Annotated[list[Annotated[int, Field(ge=1, le=500)]], AfterValidator(_rising)]
+
+
+class GateEntry(_Entry):
+    """How `metabench check SUITE` measures and decides; margins stand in `thresholds`. `selftest` recommends these."""
+
+    alpha: Annotated[float, Field(gt=0, le=0.5)] = Field(
+        default=0.01, description="The chance of any false alarm in a whole live check, over all rows and looks."
+    )
+    looks: Looks = Field(
+        default=[14, 28], min_length=1, description="After so many pairs of processes it is decided what can be."
+    )
+    seconds: Annotated[float, Field(gt=0, le=60)] = Field(
+        default=1.0, description="Time for each kernel in each pair of processes, both sides together."
+    )
+
+
 class SuiteEntry(_Entry):
     """A metabench suite: what is compared, on what, and how it is measured."""
 
@@ -336,6 +360,7 @@ class SuiteEntry(_Entry):
         default=EvaluationEntry(), description="The test episodes and the weights tested."
     )
     timing: TimingEntry = Field(default=TimingEntry(), description="How the times of kernels are measured.")
+    gate: GateEntry = Field(default=GateEntry(), description="How `metabench check` decides on times.")
     measures: Measures = Field(
         default=["accuracy", "mse", "mse_before", "train_time", "adapt_time"],
         min_length=1,
@@ -489,6 +514,7 @@ _PARTS: dict[str | int, type[BaseModel]] = {
     "train": TrainEntry,
     "evaluation": EvaluationEntry,
     "timing": TimingEntry,
+    "gate": GateEntry,
     "calls": CallEntry,
     "thresholds": ThresholdsEntry,
     "overrides": OverrideEntry,

@@ -26,6 +26,8 @@ from metabench.errors import ConfigError, MetabenchError
 WARM_UP_CALLS = 3
 SLICE_SECONDS = 0.02
 LAUNCH_SHARE = 0.9  # of the device's time spent launching: the device waits for the host
+IDLE_UNITS, IDLE_CYCLES = 5000, 100  # a unit is some 10 nanoseconds on the CPU, so many cycles on CUDA
+IDLE_ROUNDS = 5
 
 READINGS = 1_000_000  # so many readings without a step: the clock stands still
 COARSEST = SLICE_SECONDS / 1000  # a slice is read to a thousandth
@@ -153,6 +155,40 @@ def warm_up(thunk: Callable[[], object]) -> None:
     """Call `thunk` untimed, as often for every kernel: an adaptive warm-up would favour one of two compared."""
     for _ in range(WARM_UP_CALLS):
         thunk()
+
+
+def burdened(thunk: Callable[[], object], units: int, clock: Clock) -> Callable[[], object]:
+    """`thunk`, then so many units of idle work on the clock's device: a slowdown that is known."""
+
+    def slower() -> object:
+        result = thunk()
+        _idle(units, clock)
+        return result
+
+    return slower
+
+
+def units_of(thunk: Callable[[], object], clock: Clock) -> float:
+    """How many units of idle work take as long as one call of `thunk`.
+
+    Both are timed in turns, so that a machine's drift hits both; the burden is work, not waiting for a time to pass,
+    so that it stays the same share of a call when the machine becomes slower.
+    """
+
+    def some() -> None:
+        _idle(IDLE_UNITS, clock)
+
+    calls, own = calibrate(thunk, clock), calibrate(some, clock)
+    ratios = [take(thunk, calls, clock).seconds / take(some, own, clock).seconds for _ in range(IDLE_ROUNDS)]
+    return median(ratios) * IDLE_UNITS
+
+
+def _idle(units: int, clock: Clock) -> None:
+    if clock.device == "cuda":
+        torch.cuda._sleep(units * IDLE_CYCLES)  # type: ignore[no-untyped-call]  # on the device: nobody waits
+        return
+    for _ in repeat(None, units):
+        pass
 
 
 def take(thunk: Callable[[], object], calls: int, clock: Clock) -> Slice:

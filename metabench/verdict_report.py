@@ -70,6 +70,8 @@ def show(findings: Sequence[Findings], console: Console) -> None:
     for one in findings:
         console.print(Text(one.title, style="bold"))
         console.print(Text(counted(one)))
+        if one.contaminated:
+            console.print(Text(f"contaminated: {one.contaminated}", style="bold red"))
         _show_joint(one, console)
         _show_rows(one, console)
         others = [absent for absent in one.absent if not absent.failed]
@@ -78,7 +80,7 @@ def show(findings: Sequence[Findings], console: Console) -> None:
             console.print(Text(f"{absent.status}: {absent.cell} {absent.measure}: {absent.reason}", style=style))
         if len(others) > BRIEF_ROWS:
             console.print(Text(f"... and {len(others) - BRIEF_ROWS} more missing or new rows."))
-        for note in one.notes:
+        for note in notes(one):
             console.print(Text(f"{note}.", style="dim"))
         console.print()
 
@@ -156,24 +158,32 @@ def _hundredths(value: float, scale: Scale) -> str:
     return f"{100 * value:+.2f}" if scale == "points" else f"{100 * value:+.1f}"
 
 
+def notes(one: Findings) -> list[str]:
+    """What holds for all rows; for a live check also how its controls stood."""
+    stood = [f"{c.name} {100 * c.change:+.1f} %{' MOVED' * c.moved}" for c in one.controls]
+    return [*one.notes, *([f"controls: {', '.join(stood)}"] if stood else [])]
+
+
 # files
 
 
 def as_markdown(one: Findings, limit: int | None = None) -> str:
     """The findings as Markdown of at most `limit` bytes; rows that do not fit are counted."""
     head = [f"## {_escaped(one.title)}", "", counted(one) + ".", ""]
+    if one.contaminated:
+        head += [f"**contaminated**: {_escaped(one.contaminated)}.", ""]
     if one.joint:
         head += ["| algorithm | together |", "|---|---|"]
         joint = sorted(one.joint, key=lambda j: ORDER.index(j.outcome))
         head += [f"| {_escaped(j.algorithm)} | **{j.outcome}**: {_escaped(j.text)} |" for j in joint]
         head += [""]
-    tail = ["", *(f"- {_escaped(note)}." for note in one.notes)]
+    tail = ["", *(f"- {_escaped(note)}." for note in notes(one))]
     absent = [
         f"| {a.status} | {_escaped(a.measure)} | | | `{_code(a.cell)}` {_escaped(a.reason)} |" for a in one.absent
     ]
     failed = [line for line, row in zip(absent, one.absent, strict=True) if row.failed]
     others = [line for line, row in zip(absent, one.absent, strict=True) if not row.failed]
-    table = ["| verdict | measure | change, 95 % | could see | cell, why |", "|---|---|---|---|---|"]
+    table = [f"| verdict | measure | change, {one.level} | could see | cell, why |", "|---|---|---|---|---|"]
     rows = [*failed, *map(_markdown_row, one.sorted), *others]
     fitting = rows if limit is None else _fitting(rows, limit - _size([*head, *table, *tail]) - 200)
     if len(fitting) < len(rows):
@@ -231,7 +241,7 @@ def as_csv(findings: Sequence[Findings]) -> str:
 
 
 def as_json(findings: Sequence[Findings]) -> str:
-    """{"schema_version": 1, "comparisons": [{"title", "verdict", "rows", "joint", "absent", "notes"}]}."""
+    """{"schema_version": 1, "comparisons": [{"title", "verdict", "rows", "joint", "absent", "notes", ...}]}."""
     content = [
         {
             "title": one.title,
@@ -240,6 +250,9 @@ def as_json(findings: Sequence[Findings]) -> str:
             "joint": [vars(joint) for joint in one.joint],
             "absent": [vars(absent) for absent in one.absent],
             "notes": list(one.notes),
+            "level": one.level,
+            "controls": [vars(control) for control in one.controls],
+            "contaminated": one.contaminated,
         }
         for one in findings
     ]

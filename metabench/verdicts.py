@@ -6,8 +6,9 @@ output reads: tables, summaries for CI, exit codes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Outcome = Literal["regressed", "improved", "unchanged", "inconclusive", "incomparable"]
@@ -46,6 +47,31 @@ class Verdict:
         return self.cell, self.measure
 
 
+def of_counts(made: Verdict, before: float, after: float) -> Verdict:
+    """`made` with the outcome of two exact counts; its margin comes as a share of `before`, and leaves as a count."""
+    allowed = made.margin * before
+    outcome: Outcome = (
+        "regressed" if after - before > allowed else "improved" if before - after > allowed else "unchanged"
+    )
+    return replace(
+        made,
+        outcome=outcome,
+        change=after - before,
+        margin=allowed,
+        detectable=math.floor(allowed) + 1.0,
+        reason=f"{before:.0f} -> {after:.0f}",
+    )
+
+
+@dataclass(frozen=True)
+class Control:
+    """Fixed work that none of the code takes part in: how it changed (a share), and whether that is a movement."""
+
+    name: str
+    change: float
+    moved: bool
+
+
 ORDER: tuple[Outcome, ...] = ("regressed", "inconclusive", "incomparable", "improved", "unchanged")
 """Flagged rows first, as every output lists them."""
 
@@ -82,13 +108,20 @@ class Joint:
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """A whole comparison: what every output shows. `title` names the two sides, `notes` hold for all rows."""
+    """A whole comparison: what every output shows. `title` names the two sides, `notes` hold for all rows.
+
+    `level` is what the intervals cover. `controls` were timed beside the rows of a live check; `contaminated` says why
+    nothing can be told about its times, or is "".
+    """
 
     title: str
     verdicts: tuple[Verdict, ...]
     joint: tuple[Joint, ...] = ()
     absent: tuple[Absent, ...] = ()
     notes: tuple[str, ...] = ()
+    level: str = "95 %"
+    controls: tuple[Control, ...] = ()
+    contaminated: str = ""
 
     @property
     def failed(self) -> tuple[Absent, ...]:
@@ -108,7 +141,8 @@ ASKED = ("inconclusive", "incomparable", "missing")
 def conclude(findings: Sequence[Findings], fail_on: Collection[str] = ()) -> tuple[str, int]:
     """The one word for a gate, and its exit code; `fail_on` holds those of `ASKED` that fail it.
 
-    1 regressed; 3 a row failed in the candidate, or nothing could be compared at all; 4 what `fail_on` names; else 0.
+    1 regressed; 3 a row failed in the candidate, or nothing could be compared at all; 4 contaminated, or what
+    `fail_on` names; else 0.
     """
     verdicts = [row for one in findings for row in one.verdicts]
     present = {row.outcome for row in verdicts} | {row.status for one in findings for row in one.absent}
@@ -116,6 +150,8 @@ def conclude(findings: Sequence[Findings], fail_on: Collection[str] = ()) -> tup
         return "regressed", 1
     if any(one.failed for one in findings):
         return "failed", 3
+    if any(one.contaminated for one in findings):
+        return "contaminated", 4
     if found := next((kind for kind in ASKED if kind in fail_on and kind in present), None):
         return found, 4
     grave = overall(verdicts)

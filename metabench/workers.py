@@ -20,15 +20,30 @@ class Worker:
     """The worker process as its parent sees it."""
 
     def __init__(
-        self, threads: int, plugins: Sequence[Path], log: Path, *, allocator: str = "kept", pinned: bool = False
+        self,
+        threads: int,
+        plugins: Sequence[Path],
+        log: Path,
+        *,
+        allocator: str = "kept",
+        pinned: bool = False,
+        python: Path | str = sys.executable,
+        folder: Path | None = None,
+        more: Mapping[str, str] | None = None,
     ) -> None:
+        """Start it: `python` is the interpreter, `folder` where it works, `more` further variables of its environment.
+
+        Raises:
+            OSError: there is no such interpreter or folder.
+        """
         self.environment = ""
         self.threads = threads
-        variables = environment.worker_environment(threads, allocator=allocator)
+        variables = {**environment.worker_environment(threads, allocator=allocator), **(more or {})}
         variables["METABENCH_PLUGINS"] = json.dumps([str(p) for p in plugins])
         self._log = log.open("a", encoding="utf-8", errors="backslashreplace")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "metabench.worker"],
+            [str(python), "-m", "metabench.worker"],
+            cwd=folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -45,6 +45,9 @@ ALLOWED: dict[str, set[str]] = {
     "export": {"sides", "verdict_report"},
     "report": {"environment", "report", "roofline", "store", "stats"},
     "leaderboard": {"cells", "environment", "leaderboard", "report", "stats", "store", "suitefile"},
+    "signedranks": {"stats"},
+    "judging": {"signedranks", "stats", "suite", "thresholds", "verdicts"},
+    "revisions": NOBODY,
     # the torch half
     "timing": NOBODY,
     "counts": NOBODY,
@@ -64,6 +67,23 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"store", *SUITES},
     "workers": {"environment"},
     "costs": {"environment", "plan", "store", "workers", *SUITES},
+    "pairs": {"costs", "environment", "workers"},
+    "gate": {
+        "costs",
+        "environment",
+        "joint",
+        "judging",
+        "pairs",
+        "plan",
+        "revisions",
+        "signedranks",
+        "stats",
+        "thresholds",
+        "verdicts",
+        "workers",
+        *SUITES,
+    },
+    "selftest": {"gate", "judging", "pairs", "plan", "signedranks", "stats", "suite", "thresholds"},
     "runner": {"costs", "plan", "store", "environment", "stats", "workers", *SUITES},
     "worker": {"bench", "catalogue", "environment", "measure", "scoring"},
     "probe": {"environment", "roofs", "timing"},
@@ -72,12 +92,25 @@ ALLOWED: dict[str, set[str]] = {
     # the top
     "progress": {"runner", "store"},
     "listing": {"datasets", *SUITES},
-    "cli": {"leaderboard", "plan", "runner", "report", "store", "progress", "listing", "doctor", *COMPARISONS, *SUITES},
+    "cli": {
+        "doctor",
+        "gate",
+        "leaderboard",
+        "listing",
+        "plan",
+        "progress",
+        "report",
+        "runner",
+        "selftest",
+        "store",
+        *COMPARISONS,
+        *SUITES,
+    },
 }
 PLAIN = (
     "suite", "cells", "suitefile", "catalogue", "store", "environment", "stats", "roofline", "verdicts", "doctor",
     "plan", "workers", "costs", "runner", "report", "cli", "thresholds", "joint", "sides", "compare", "verdict_report",
-    "export", "leaderboard",
+    "export", "leaderboard", "signedranks", "judging", "revisions", "pairs", "gate", "selftest",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -308,3 +308,13 @@ def test_the_clock_of_a_device_that_is_not_there_is_refused():
 @pytest.mark.parametrize("cache", ["warm", "cold"])
 def test_the_clock_of_cuda_is_right(cache):
     assert timing.self_test(timing.clock_of("cuda", cache)) == []
+
+
+def test_idle_work_is_measured_in_its_own_units_and_slows_by_the_share_asked_for():
+    clock = timing.Clock()
+    known = timing.burdened(lambda: None, 200_000, clock)
+    units = min((timing.units_of(known, clock) for _ in range(3)), key=lambda found: abs(found - 200_000))
+    assert units == pytest.approx(200_000, rel=0.15)
+    twice = timing.burdened(known, 200_000, clock)
+    ratios = [timing.take(twice, 4, clock).seconds / timing.take(known, 4, clock).seconds for _ in range(30)]
+    assert sorted(ratios)[15] == pytest.approx(2, rel=0.15)

@@ -11,7 +11,7 @@ import time
 import pytest
 from conftest import environ, until, write_learner, write_suite
 
-from metabench import plan, training
+from metabench import environment, plan, training
 from metabench.catalogue import catalogue
 from metabench.measure import Workshop, reason_of, run_job
 from metabench.scoring import Stopped
@@ -156,7 +156,7 @@ def test_the_protocol_as_a_process_and_the_end_of_an_orphan(worker, folder):
     source.write_text(source.read_text() + "\nprint('a stray print')\nos.write(1, b'a stray write\\n')\n")
     hello = json.loads(process.stdout.readline())
     assert hello["kind"] == "hello"
-    assert hello["v"] == 1
+    assert hello["v"] == environment.PROTOCOL
     assert hello["threads"] == 1
     process.stdin.write(json.dumps(message) + "\n")
     process.stdin.flush()

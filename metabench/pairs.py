@@ -1,0 +1,381 @@
+"""Two versions of the code side by side: fresh pairs of live workers, of which one runs while the other waits.
+
+A shared machine's speed drifts by tens of per cent within seconds, so two versions that run one after the other cannot
+be told apart; alternating in slices of tens of milliseconds, they can. What a process makes of a kernel (where its
+memory lies) is constant in it, so the pair of processes is the unit, and each pair gets a layout of its own. How the
+slices of one pair become one number stands in `log_ratio`. Never imports torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import random
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from metabench import environment
+from metabench.costs import CONTROLS, Setting
+from metabench.errors import ConfigError, WorkerError
+from metabench.workers import Worker
+
+Which = Literal["base", "candidate"]
+SIDES: tuple[Which, Which] = ("base", "candidate")
+FEWEST_SLICES, MOST_SLICES = 7, 60  # of a kernel on each side of a pair
+PADDING = 4096  # bytes of environment: the stack begins somewhere else in its page
+
+
+class Name(NamedTuple):
+    """A row of the gate: its key, and by what share the candidate is made slower on purpose."""
+
+    cell: str
+    measure: str
+    share: float = 0.0
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two versions: what its workers are started with.
+
+    `label` names it to people. `tree` is where its code must come from; None where both sides run the same files.
+    """
+
+    which: Which
+    label: str
+    plugins: tuple[Path, ...] = ()
+    tree: Path | None = None
+    python: Path = Path(sys.executable)
+    folder: Path | None = None
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A kernel to be timed on both sides: the question to each side's worker, and what the workers are started with."""
+
+    name: Name
+    messages: Mapping[Which, Mapping[str, Any]]
+    setting: Setting
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why an item cannot be timed: which side said so, with which status ("skipped", "failed")."""
+
+    which: Which
+    status: str
+    reason: str
+
+
+class _Died(Exception):
+    def __init__(self, name: Name, fault: Fault) -> None:
+        super().__init__(fault.reason)
+        self.name, self.fault = name, fault
+
+
+@dataclass
+class _Running:
+    """An item in the pair at hand: its number on each side, and the parts and calls of a slice."""
+
+    name: Name
+    workers: Mapping[Which, Worker]
+    numbers: Mapping[Which, int]
+    parts: Sequence[int]
+    slices: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
+
+
+class Pairs:
+    """Makes pairs of processes for a list of items, which shrinks by what cannot be timed (`faults` says why)."""
+
+    def __init__(self, base: Side, candidate: Side, items: Sequence[Item], folder: Path, *, seconds: float, seed: int):
+        self.sides: dict[Which, Side] = {"base": base, "candidate": candidate}
+        self.items = {item.name: item for item in items}
+        self.folder, self.seconds, self.seed = folder, seconds, seed
+        self.faults: dict[Name, Fault] = {}
+        self.calls: dict[Name, Mapping[str, int]] = {}  # of a slice: found on the base, once, and used everywhere
+        self.rounds: dict[Name, int] = {}
+        self.hellos: dict[Which, Mapping[str, Any]] = {}
+        self.disturbances: list[dict[str, Any]] = []
+        self.taken = itertools.count()
+        self.numbers = itertools.count()
+
+    def rehearse(self, also: Callable[[Mapping[Which, Worker]], None]) -> None:
+        """Make every item ready once: finds what cannot be timed, how many calls make a slice, how many slices.
+
+        `also` is then told the workers, one pair, to ask them what it likes.
+
+        Raises:
+            ConfigError: the base does not start, or speaks another protocol.
+            WorkerError: the candidate does not start, or a control cannot be run.
+        """
+        while True:
+            try:
+                with self._hired(random.Random(self.seed), self.items) as crew:
+                    self._rehearse(crew)
+                    also(next(iter(crew.values())))
+                return
+            except _Died as death:
+                self._drop(death)
+
+    def take(self, names: Sequence[Name]) -> dict[Name, float]:
+        """Time the named items, and the controls, in a fresh pair of processes; their ln(candidate / base).
+
+        An item that cannot be timed is not in the answer, and in `faults` from then on.
+
+        Raises:
+            WorkerError: a control cannot be run.
+        """
+        number = next(self.taken)
+        while True:
+            wanted = [name for name in names if name in self.items]
+            chance = random.Random(f"{self.seed}/{number}")
+            try:
+                with self._hired(chance, wanted) as crew:
+                    return self._time(crew, wanted, chance)
+            except _Died as death:
+                self._drop(death)
+
+    def settings(self, names: Sequence[Name] | Mapping[Name, Any]) -> list[Setting]:
+        """What workers the named items need."""
+        return list(dict.fromkeys(self.items[name].setting for name in names))
+
+    def _drop(self, death: _Died) -> None:
+        if death.name not in self.items:
+            raise WorkerError(f"the control {death.name.measure} could not be timed: {death.fault.reason}")
+        self.faults[death.name] = death.fault
+        del self.items[death.name]
+
+    @contextmanager
+    def _hired(
+        self, chance: random.Random, names: Sequence[Name] | Mapping[Name, Any]
+    ) -> Iterator[dict[Setting, dict[Which, Worker]]]:
+        """Fresh workers of both sides for every setting, all pinned to the same cores, and gone at the end."""
+        with ExitStack() as stack:
+            crew: dict[Setting, dict[Which, Worker]] = {}
+            hash_seed = str(chance.randrange(2**32))  # the same on both sides: the order of sets is part of the work
+            for setting in self.settings(names) or [Setting(1, "kept")]:
+                crew[setting] = {}
+                for which in chance.sample(SIDES, 2):
+                    worker = self._start(self.sides[which], setting, hash_seed, chance.randrange(PADDING))
+                    stack.callback(worker.close)
+                    crew[setting][which] = worker
+            for pair in crew.values():
+                for which, worker in pair.items():
+                    self._greet(self.sides[which], worker)
+            yield crew
+
+    def _start(self, side: Side, setting: Setting, hash_seed: str, padding: int) -> Worker:
+        layout = {"PYTHONHASHSEED": hash_seed, "METABENCH_PADDING": "x" * padding}
+        try:
+            return Worker(
+                setting.threads,
+                side.plugins,
+                self._log(side.which),
+                allocator=setting.allocator,
+                pinned=True,
+                python=side.python,
+                folder=side.folder,
+                more={**side.variables, **layout},
+            )
+        except OSError as error:
+            raise ConfigError(f"{side.label}: cannot be started: {error}") from None
+
+    def _greet(self, side: Side, worker: Worker) -> None:
+        """Hear its hello; one that does not come, or of another protocol, is the base's fault or the candidate's."""
+        try:
+            hello = next(worker.messages())
+            said = hello["v"] if hello.get("kind") == "hello" else None
+        except (WorkerError, ValueError, KeyError, TypeError, AttributeError) as error:
+            why = self._last_words(side.which) or str(error)
+            text = f"{side.label} cannot be run: {why}"
+            raise (ConfigError(f"{text}; choose another base") if side.which == "base" else WorkerError(text)) from None
+        if said != environment.PROTOCOL:
+            raise ConfigError(
+                f"{side.label} speaks protocol {said} with its worker, this metabench {environment.PROTOCOL}: "
+                "the two cannot be run side by side; choose a newer base"
+            )
+        worker.environment = side.label
+        self.hellos[side.which] = hello
+
+    def _log(self, which: Which) -> Path:
+        return self.folder / f"{which}.log"
+
+    def _last_words(self, which: Which) -> str:
+        lines = self._log(which).read_text(encoding="utf-8", errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+    def _rehearse(self, crew: Mapping[Setting, Mapping[Which, Worker]]) -> None:
+        """Prepare all items, base first: what it finds, the candidate gets."""
+        for name, item in list(self.items.items()):
+            if item.messages["base"]["device"] == "cuda" and not all(self.hellos[which]["cuda"] for which in SIDES):
+                self.faults[name] = Fault("base", "skipped", "no CUDA device on this machine")
+                del self.items[name]
+                continue
+            running = self._prepare(item, crew[item.setting], SIDES)
+            if running is not None:
+                taken = [self._slice(running, part, "base") for part in running.parts]
+                calls = [self.calls[name][str(part)] for part in running.parts]
+                both = 2 * sum(seconds * (n + 1) for seconds, n in zip(taken, calls, strict=True))
+                self.rounds[name] = min(MOST_SLICES, max(FEWEST_SLICES, round(self.seconds / both)))
+        for setting, workers in crew.items():
+            for control in CONTROLS:
+                self._prepare_control(control, setting, workers, list(crew))
+
+    def _prepare(self, item: Item, workers: Mapping[Which, Worker], order: Sequence[Which]) -> _Running | None:
+        """Make an item ready on both sides; None, and a fault, where it cannot be."""
+        numbers: dict[Which, int] = {}
+        for which in order:
+            message = {**item.messages[which], "kind": "prepare", "calls": self.calls.get(item.name)}
+            if item.name.share and which == "candidate":
+                message["share"] = item.name.share
+            heard = self._ask(item.name, which, workers, message)
+            if heard["status"] != "ok":
+                self.faults[item.name] = Fault(which, heard["status"], heard["reason"])
+                del self.items[item.name]
+                return None
+            self.calls.setdefault(item.name, heard["calls"])
+            numbers[which] = heard["id"]
+        return _Running(item.name, workers, numbers, [int(part) for part in self.calls[item.name]])
+
+    def _prepare_control(
+        self, control: str, setting: Setting, workers: Mapping[Which, Worker], settings: Sequence[Setting]
+    ) -> _Running:
+        label = control if len(settings) == 1 else f"{control} ({setting.threads} threads, {setting.allocator})"
+        name, numbers = Name("", label), {}
+        for which in SIDES:
+            message = {"kind": "control", "name": control, "device": "cpu", "calls": self.calls.get(name)}
+            heard = self._ask(name, which, workers, message)
+            if heard["status"] != "ok":
+                raise _Died(name, Fault(which, heard["status"], heard["reason"]))
+            self.calls.setdefault(name, heard["calls"])
+            numbers[which] = heard["id"]
+        running = _Running(name, workers, numbers, [int(part) for part in self.calls[name]])
+        if name not in self.rounds:
+            seconds = self._slice(running, 0, "base") * (self.calls[name]["0"] + 1)
+            self.rounds[name] = min(MOST_SLICES, max(FEWEST_SLICES, round(self.seconds / 2 / (2 * seconds))))
+        return running
+
+    def _time(
+        self, crew: Mapping[Setting, Mapping[Which, Worker]], names: Sequence[Name], chance: random.Random
+    ) -> dict[Name, float]:
+        """Slices of all items, interleaved; then each item's number."""
+        order = [*names]
+        chance.shuffle(order)  # where a kernel's memory lies depends on what was made ready before it
+        running = [
+            one
+            for name in order
+            if (one := self._prepare(self.items[name], crew[self.items[name].setting], chance.sample(SIDES, 2)))
+        ]
+        for setting, workers in crew.items():
+            running += [self._prepare_control(control, setting, workers, list(crew)) for control in CONTROLS]
+        pids = [worker.pid for workers in crew.values() for worker in workers.values()]
+        before = environment.read(pids)
+        for one, part in self._rounds(running, chance):
+            seconds = {which: self._slice(one, part, which) for which in chance.sample(SIDES, 2)}
+            one.slices.setdefault(part, []).append((seconds["base"], seconds["candidate"]))
+        self.disturbances.append(environment.disturbance(before, environment.read(pids)))
+        found = {}
+        for one in running:
+            ratio = log_ratio(one.slices)
+            if ratio is None:
+                reason = "the slope over inner steps is not above 0: a step costs less than the noise of this machine"
+                self.faults[one.name] = Fault("base", "failed", reason)
+                self.items.pop(one.name, None)
+                continue
+            found[one.name] = ratio
+        return found
+
+    def _rounds(self, running: Sequence[_Running], chance: random.Random) -> Iterator[tuple[_Running, int]]:
+        """Every part of every item as often as it is due, each spread over the whole time, in random order."""
+        due = []
+        for one in running:
+            rounds = self.rounds[one.name]
+            due += [((n + chance.random()) / rounds, one, part) for n in range(rounds) for part in one.parts]
+        for _, one, part in sorted(due, key=lambda entry: entry[0]):
+            yield one, part
+
+    def _slice(self, one: _Running, part: int, which: Which) -> float:
+        """Seconds of a call, in one slice: the device's own where it has a clock of events."""
+        message = {"kind": "slice", "of": one.numbers[which], "part": part}
+        heard = self._ask(one.name, which, one.workers, message)
+        if heard["status"] != "ok":
+            raise _Died(one.name, Fault(which, heard["status"], heard["reason"]))
+        device = heard["device_seconds"]
+        return float(heard["seconds"] if device is None else device)
+
+    def _ask(
+        self, name: Name, which: Which, workers: Mapping[Which, Worker], message: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        try:
+            return workers[which].ask({**message, "id": next(self.numbers)})
+        except WorkerError as error:
+            raise _Died(name, Fault(which, "failed", str(error))) from error
+
+
+def log_ratio(slices: Mapping[int, Sequence[tuple[float, float]]]) -> float | None:
+    """One pair's ln(candidate / base) of an item, from paired slices (base, candidate) in seconds by part.
+
+    For a kernel of one part the median of the slices' log ratios. Where the cost is the slope over numbers of inner
+    steps, each part's base median times its median ratio stands for the candidate, so that both slopes are of the same
+    moments; None where a slope is not above 0.
+    """
+    ratios = {part: statistics.median(math.log(c / b) for b, c in pairs) for part, pairs in slices.items()}
+    if len(ratios) == 1:
+        return next(iter(ratios.values()))
+    base = {part: statistics.median(b for b, _ in pairs) for part, pairs in slices.items()}
+    candidate = {part: base[part] * math.exp(ratio) for part, ratio in ratios.items()}
+    slopes = [statistics.linear_regression([*side], [*side.values()]).slope for side in (base, candidate)]
+    return math.log(slopes[1] / slopes[0]) if min(slopes) > 0 else None
+
+
+def module_path(root: Path, tree: Path) -> dict[str, str]:
+    """The variables that make a worker import the project from `tree` wherever this process would from `root`.
+
+    What lies on our own module path inside `root` (a folder on PYTHONPATH, an editable installation) is taken inside
+    `tree`, the rest as it is.
+    """
+    ours = [Path(entry or ".").resolve() for entry in sys.path]
+    inside = [path for path in ours if path.is_relative_to(root) and not _installed(path)]
+    given = [Path(entry).resolve() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    outside = [path for path in given if not path.is_relative_to(root)]
+    entries = dict.fromkeys([*(tree / path.relative_to(root) for path in inside), *outside])
+    return {"PYTHONPATH": os.pathsep.join(map(str, entries))}
+
+
+def _installed(path: Path) -> bool:
+    """Whether a folder belongs to an interpreter or a virtual environment, which may lie inside a project."""
+    if {"site-packages", "dist-packages"} & {*path.parts}:
+        return True
+    return any(path.is_relative_to(Path(prefix).resolve()) for prefix in {sys.prefix, sys.base_prefix})
+
+
+def top_names(root: Path) -> set[str]:
+    """The top-level names that this process would import from `root`."""
+    folders = {Path(entry or ".").resolve() for entry in sys.path}
+    found: set[str] = set()
+    for folder in (one for one in folders if one.is_relative_to(root) and not _installed(one) and one.is_dir()):
+        found |= {file.stem for file in folder.glob("*.py")}
+        found |= {init.parent.name for init in folder.glob("*/__init__.py")}
+    return found - sys.stdlib_module_names
+
+
+class Module(NamedTuple):
+    """A module that a worker has loaded: its full name, its file, and a hash of what stands in it."""
+
+    name: str
+    file: Path
+    digest: str
+
+
+def modules_of(worker: Worker, names: set[str]) -> list[Module]:
+    """The modules that a worker has loaded, installed ones only where their top-level name is given."""
+    heard = worker.ask({"kind": "modules", "id": -1, "names": sorted(names)})
+    if heard["status"] != "ok":
+        raise WorkerError(f"{worker.environment} cannot say which modules it runs: {heard['reason']}")
+    return [Module(name, Path(file), digest) for name, file, digest in heard["modules"]]

@@ -1,0 +1,301 @@
+"""The gate tested on this machine: how often it cries wolf, and how often it sees a slowdown that is there.
+
+The same code runs on both sides. Beside every kernel as it is, the candidate's worker holds copies of it that idle
+work makes slower by known shares; all are timed in the same pairs of processes, and each share is judged as a check of
+its own, looks and confirmation included. A trial is one such check. Never imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from metabench import plan
+from metabench.errors import Interrupted, NothingRan
+from metabench.gate import SEED, Watch, impossible, margins_of, setting_of
+from metabench.judging import Family, Judgement, confirmed, confirming, pairs_needed
+from metabench.pairs import SIDES, Item, Name, Pairs, Side, Which
+from metabench.signedranks import centre, spread
+from metabench.stats import proportion_interval
+from metabench.suite import Gating, Suite
+from metabench.thresholds import Margin
+
+ASKED = 0.05  # the slowdown that a gate is for
+BOUND = 0.95  # one-sided level of the bounds of rates
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How often something happened, with the one-sided 95 % bounds of Clopper and Pearson."""
+
+    hits: int
+    trials: int
+
+    @property
+    def low(self) -> float:
+        """The rate is above this."""
+        return proportion_interval(self.hits, self.trials, level=2 * BOUND - 1)[0]
+
+    @property
+    def high(self) -> float:
+        """The rate is below this."""
+        return proportion_interval(self.hits, self.trials, level=2 * BOUND - 1)[1]
+
+
+@dataclass(frozen=True)
+class RowReport:
+    """One kernel over all trials.
+
+    `spread` is the standard deviation of ln(candidate / base) between pairs, `shift` its centre (0 but for chance);
+    `alarms` are trials in which identical code was called slower or faster; `found` is, by injected share, how often it
+    was called regressed, and `measured` the slowdown seen then. `pairs` of processes show 5 % with 95 % power; None
+    where more than anybody waits for.
+    """
+
+    cell: str
+    measure: str
+    spread: float
+    shift: float
+    alarms: Rate
+    found: dict[float, Rate]
+    measured: dict[float, float]
+    pairs: int | None
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """What a self-test came to, and the settings that it recommends."""
+
+    suite: str
+    rules: Gating
+    rows: tuple[RowReport, ...]
+    per_row: Rate
+    per_family: Rate
+    missed: tuple[str, ...]
+    recommended: Gating
+    pairs: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The judgements of one trial by row, and the log ratios of its pairs, those of the confirmation last."""
+
+    found: dict[Name, Judgement]
+    ratios: dict[Name, list[float]]
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Each row as plain data for JSON."""
+        return [
+            {
+                "cell": name.cell,
+                "measure": name.measure,
+                "injected": name.share,
+                "outcome": one.outcome,
+                "small": one.small,
+                "ln_change": one.change.value,
+                "ln_low": one.change.low,
+                "ln_high": one.change.high,
+                "ln_ratios": self.ratios[name],
+            }
+            for name, one in self.found.items()
+            if self.ratios[name]
+        ]
+
+
+def selftest(
+    suite: Suite,
+    *,
+    inject: Sequence[float] = (ASKED,),
+    trials: int = 5,
+    select: str = "",
+    watch: Watch,
+    keep: Callable[[Trial], None] | None = None,
+) -> SelfTest:
+    """Check the suite's kernels against themselves `trials` times; `inject` are the shares of slowdowns to find.
+
+    `keep` is told each trial when it is finished.
+
+    Raises:
+        NothingRan: no time of a kernel in the suite, or none that could be measured.
+        Interrupted: Ctrl-C.
+    """
+    rows = [row for row in plan.select_rows(plan.rows_of(suite), select) if row.kernel and row.aspect == "time"]
+    rows = [row for row in rows if impossible(row, suite) is None]
+    shares = (0.0, *inject)
+    items = []
+    for row in rows:
+        message = plan.cost_message(row)
+        both: dict[Which, dict[str, Any]] = {"base": message, "candidate": message}
+        items += [Item(Name(*row.key, share), both, setting_of(row, suite)) for share in shares]
+    base, candidate = (Side(which, f"{which} (the same code)", suite.plugins) for which in SIDES)
+    with tempfile.TemporaryDirectory(prefix="metabench-gate-") as folder:
+        pairs = Pairs(base, candidate, items, Path(folder), seconds=suite.gate.seconds, seed=SEED)
+        done: list[Trial] = []
+        try:
+            watch.pair("rehearsal", 0, 0, len(items))
+            pairs.rehearse(lambda workers: None)
+            if not pairs.items:
+                raise NothingRan(f"no kernel of {suite.name} can be timed here: {_reasons(pairs) or 'it names none'}")
+            margins = margins_of(pairs.items, rows, suite)
+            for number in range(trials):
+                done.append(_trial(pairs, margins, suite.gate, shares, f"trial {number + 1} of {trials}, pair", watch))
+                if keep:
+                    keep(done[-1])
+        except KeyboardInterrupt:
+            if not done:
+                raise Interrupted("interrupted before the first trial was finished") from None
+            watch.note(f"interrupted: what follows is of {len(done)} trials")
+        return _report(suite, margins, shares, done, pairs)
+
+
+def _trial(
+    pairs: Pairs, margins: Mapping[Name, Margin], rules: Gating, shares: Sequence[float], stage: str, watch: Watch
+) -> Trial:
+    """One check for each share, all on the same pairs of processes."""
+    families = [Family({name: margins[name] for name in pairs.items if name.share == share}, rules) for share in shares]
+    _measure(pairs, families, stage, watch)
+    again = [confirming(family) for family in families]
+    _measure(pairs, again, stage.replace("pair", "confirming pair"), watch)
+    found: dict[Name, Judgement] = {}
+    ratios: dict[Name, list[float]] = {}
+    for first, second in zip(families, again, strict=True):
+        found |= confirmed(first, second)
+        ratios |= {name: [*values, *second.ratios.get(name, ())] for name, values in first.ratios.items()}
+    return Trial(found, ratios)
+
+
+def _measure(pairs: Pairs, families: Sequence[Family[Name]], stage: str, watch: Watch) -> None:
+    """Fresh pairs for what is open in any of the families."""
+    while wanted := [name for family in families for name in family.open]:
+        live = [family for family in families if family.open]
+        look = min(next(look for look in family.rules.looks if look > family.pairs) for family in live)
+        watch.pair(stage, live[0].pairs + 1, look, len(wanted))
+        found = pairs.take(wanted)
+        for family in live:
+            for name in family.open:
+                if name not in found:
+                    family.drop(name)
+            if family.open:
+                family.add(found)
+
+
+def _report(
+    suite: Suite, margins: Mapping[Name, Margin], shares: Sequence[float], trials: Sequence[Trial], pairs: Pairs
+) -> SelfTest:
+    rules = suite.gate
+    names = [name for name in pairs.items if name.share == 0.0]
+    level = rules.alpha / len(rules.looks) / max(len(names), 1)
+    reports = [_row(name, shares, trials, margins[name].margin, level) for name in names]
+    alarms = [[trial.found[name].outcome in ("regressed", "improved") for name in names] for trial in trials]
+    missed = [
+        f"{name.cell} {name.measure} +{name.share:.0%}: {trial.found[name].outcome} in trial {number}"
+        for number, trial in enumerate(trials, 1)
+        for name in pairs.items
+        if name.share and trial.found[name].outcome != "regressed"
+    ]
+    notes = {f"{fault.which}: {fault.reason}": None for fault in pairs.faults.values()}
+    return SelfTest(
+        suite=suite.name,
+        rules=rules,
+        rows=tuple(reports),
+        per_row=Rate(sum(map(sum, alarms)), sum(map(len, alarms))),
+        per_family=Rate(sum(map(any, alarms)), len(trials)),
+        missed=tuple(missed),
+        recommended=recommend(rules, [one.pairs for one in reports]),
+        pairs=sum(max(map(len, trial.ratios.values())) for trial in trials),
+        notes=tuple(notes),
+    )
+
+
+def _row(name: Name, shares: Sequence[float], trials: Sequence[Trial], margin: float, level: float) -> RowReport:
+    ratios = [value for trial in trials for value in trial.ratios[name]]
+    sd = statistics.median(spread(trial.ratios[name]) or 0.0 for trial in trials)
+    found, measured = {}, {}
+    for share in shares[1:]:
+        copy = name._replace(share=share)
+        outcomes = [trial.found[copy].outcome for trial in trials if copy in trial.found]
+        if not outcomes:
+            continue  # this copy could not be run; the notes say why
+        found[share] = Rate(outcomes.count("regressed"), len(outcomes))
+        values = [value for trial in trials for value in trial.ratios.get(copy, ())]
+        measured[share] = math.expm1(centre(values).value) if values else math.nan
+    alarms = [trial.found[name].outcome in ("regressed", "improved") for trial in trials]
+    return RowReport(
+        cell=name.cell,
+        measure=name.measure,
+        spread=sd,
+        shift=math.expm1(centre(ratios[:400]).value),
+        alarms=Rate(sum(alarms), len(alarms)),
+        found=found,
+        measured=measured,
+        pairs=pairs_needed(sd, ASKED, level, margin),
+    )
+
+
+def recommend(rules: Gating, needed: Sequence[int | None]) -> Gating:
+    """The settings under which 5 % is seen in every row that permits it: as many pairs as the noisiest of them needs.
+
+    Never less than the fewest with which so many rows can be decided at all.
+    """
+    rows = max(len(needed), 1)
+    least = math.ceil(math.log2(rows * 2 / rules.alpha))
+    first = max(least, *(one for one in needed if one is not None), 10)
+    return replace(rules, looks=(first, 2 * first))
+
+
+def as_yaml(rules: Gating) -> str:
+    """Settings as the key `gate` of a suite file."""
+    looks = ", ".join(map(str, rules.looks))
+    return f"gate: {{alpha: {rules.alpha:g}, looks: [{looks}], seconds: {rules.seconds:g}}}\n"
+
+
+def _reasons(pairs: Pairs) -> str:
+    return "; ".join(dict.fromkeys(fault.reason for fault in pairs.faults.values()))
+
+
+def show(found: SelfTest, console: Console) -> None:
+    """Every kernel's spread and rates, the rates of all, and the settings that follow from them."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    shares = sorted({share for row in found.rows for share in row.found})
+    names = ("row", "spread", "A/A", "false", *(f"+{share:.0%}" for share in shares), "pairs for 5%")
+    for name in names:
+        table.add_column(name, justify="left" if name == "row" else "right", overflow="fold")
+    for row in found.rows:
+        rates = [f"{r.hits}/{r.trials}\n{row.measured[share]:+.1%}" for share, r in row.found.items()]
+        alarms = f"{row.alarms.hits}/{row.alarms.trials}"
+        needed = "too noisy" if row.pairs is None else str(row.pairs)
+        cells = [f"{row.cell} {row.measure}", f"{row.spread:.2%}", f"{row.shift:+.2%}", alarms, *rates, needed]
+        table.add_row(*map(Text, cells))
+    console.print(table)
+    rules = found.rules
+    settings = (
+        f"alpha {rules.alpha:.1%}, looks {', '.join(map(str, rules.looks))}, {rules.seconds:g} s a kernel and pair"
+    )
+    console.print(Text(f"{found.suite}: {found.pairs} pairs of processes; {settings}"))
+    for what, rate in (("rows", found.per_row), ("checks", found.per_family)):
+        console.print(Text(f"false alarms, {what}: {_rate(rate)}, below {rate.high:.1%} with 95 % confidence"))
+    for share in shares:
+        each = [row.found[share] for row in found.rows if share in row.found]
+        rate = Rate(sum(one.hits for one in each), sum(one.trials for one in each))
+        console.print(Text(f"found of +{share:.0%}: {_rate(rate)}, above {rate.low:.1%} with 95 % confidence"))
+    for text in (*found.missed, *found.notes):
+        console.print(Text(f"  {text}", style="dim"), soft_wrap=True)
+    if noisy := sum(row.pairs is None for row in found.rows):
+        console.print(
+            Text(f"{noisy} rows are too noisy here for a gate of 5 %: leave them out, or quieten the machine")
+        )
+    console.print(Text(f"recommended for this machine:\n{as_yaml(found.recommended)}"), end="")
+
+
+def _rate(rate: Rate) -> str:
+    return f"{rate.hits} of {rate.trials}"

@@ -1,0 +1,408 @@
+"""The gate with real git repositories and real workers: what it says, which code it ran, and what it leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import DOTS, environ, metabench, started, until, write_learner
+
+import metabench as package
+from metabench import gate
+from metabench.errors import ConfigError, MetabenchError, NothingRan
+from metabench.revisions import Repository
+from metabench.signedranks import centre
+from metabench.suite import load_suite
+from metabench.verdicts import conclude
+
+ROOT = Path(package.__file__).parent.parent
+
+SLOWER = "sum(range(20_000))"  # beside an adaptation of a fraction of a millisecond
+GATE = "gate: {alpha: 0.5, looks: [1], seconds: 0.1}"  # one pair decides: for changes that nobody can miss
+
+
+def git(folder, *arguments):
+    identity = [
+        "-c",
+        "user.name=A",
+        "-c",
+        "user.email=a@b",
+        "-c",
+        "commit.gpgsign=false",
+        "-c",
+        "init.defaultBranch=main",
+    ]
+    command = ["git", "-C", str(folder), *identity, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def write(folder, *, sabotage="pass", settings=GATE, measures="adapt_time", algorithms="learner"):
+    """A project that holds a plug-in: its files and a suite of one kernel."""
+    (folder / "dots.py").write_text(DOTS.strip() + "\n")
+    write_learner(folder, "learner", sabotage)
+    (folder / "mine.yaml").write_text(
+        textwrap.dedent(f"""\
+            plugins: [dots.py, learner.py]
+            grid:
+              tasks:
+                - {{dataset: dots, ways: 3, shots: 1, queries: 2}}
+              algorithms: [{algorithms}]
+              measures: [{measures}]
+            threads: 1
+            controls: false
+            train: {{steps: 3}}
+            {settings}
+        """)
+    )
+    return folder / "mine.yaml"
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A repository with one commit."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    write(folder)
+    (folder / ".gitignore").write_text("__pycache__\nsteps.log\n")
+    git(folder, "init")
+    git(folder, "add", ".")
+    git(folder, "commit", "-m", "base")
+    return folder
+
+
+def check(*arguments, folder, **more):
+    """`metabench check` in a folder, with temporary files of its own beside it: (process, nothing is left)."""
+    scratch = folder.parent / "scratch"
+    scratch.mkdir(exist_ok=True)
+    return metabench("check", *arguments, cwd=folder, env=environ(TMPDIR=str(scratch), **more))
+
+
+class Notes:
+    """A gate.Watch that keeps what it is told."""
+
+    def __init__(self):
+        self.said = ""
+
+    def pair(self, stage, number, of, rows):
+        self.said += f"{stage} {number}\n"
+
+    def note(self, text):
+        self.said += f"{text}\n"
+
+
+@pytest.fixture
+def here(project, monkeypatch):
+    """`gate.check` of the project's suite in this process, from its folder: (Findings, what was said)."""
+    scratch = project.parent / "scratch"
+    scratch.mkdir(exist_ok=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    monkeypatch.chdir(project)
+
+    def run(suite="mine.yaml", base="HEAD", **more):
+        watch = Notes()
+        return gate.check(load_suite(Path(suite)), base=base, watch=watch, **more), watch.said
+
+    return run
+
+
+def exit_code(found):
+    return conclude([found])[1]
+
+
+def pairs(found):
+    """The pairs of processes that the times rest on; 0 where none was needed."""
+    return next((int(m[1]) for note in found.notes if (m := re.search(r"in (\d+) pairs of processes", note))), 0)
+
+
+def identical(found):
+    return gate.IDENTICAL in found.notes
+
+
+def outcomes(found):
+    return {one.measure: one.outcome for one in found.verdicts}
+
+
+def left(folder):
+    """What a check has left in the temporary folder and among the repository's worktrees."""
+    scratch = folder.parent / "scratch"  # torch makes a folder of its own there
+    return [one for one in scratch.iterdir() if one.name.startswith("metabench")], git(
+        folder, "worktree", "list"
+    ).splitlines()[1:]
+
+
+def test_a_slower_kernel_is_a_regression(project):
+    write(project, sabotage=SLOWER)
+    done = check("mine.yaml", "--base", "HEAD", folder=project)
+    assert done.returncode == 1, done.stderr + done.stdout
+    assert "1 regressed" in done.stdout and "in 2 pairs" in " ".join(done.stdout.split()), "one, and one to confirm"
+    assert "changes that are not committed" in done.stderr
+    assert left(project) == ([], [])
+    assert git(project, "status", "--porcelain") == "M learner.py", "and nothing else is touched"
+
+
+def test_identical_code_is_said_and_not_measured_unless_asked(here):
+    found, _ = here(base="main")
+    assert identical(found) and pairs(found) == 0 and exit_code(found) == 0
+    (one,) = found.verdicts
+    assert (one.outcome, one.change, one.low, one.reason) == ("unchanged", 0.0, None, "identical code: not measured")
+    found, _ = here(base="main", measure_identical=True)
+    assert identical(found) and pairs(found) >= 1 and {one.name for one in found.controls} == {"matmul", "python"}
+    assert found.verdicts[0].detectable is not None or found.verdicts[0].low is not None
+
+
+def test_controls_that_move_contaminate_all_times(here, monkeypatch):
+    monkeypatch.setattr(gate, "moved", lambda ratios, margin: centre([0.07 + 0.0 * ratios[0]]))
+    found, _ = here(measure_identical=True)
+    assert exit_code(found) == 4 and "python by +7.3%" in found.contaminated and found.controls[0].moved
+    assert [(one.outcome, one.reason) for one in found.verdicts] == [
+        ("inconclusive", f"contaminated: {found.contaminated}")
+    ]
+    assert pairs(found) == 1, "and nothing is confirmed"
+
+
+def test_a_helper_module_and_data_in_its_package_are_part_of_the_code(project, here, monkeypatch):
+    helper = project / "src" / "helper"
+    helper.mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(project / "src"))
+    (helper / "__init__.py").write_text("def work(learner, x):\n    learner.embedding(x)\n")
+    (helper / "table.json").write_text("[1]")
+    write(project, sabotage="__import__('helper').work(self, support.x.flatten(2))", measures="adapt_flops")
+    git(project, "add", ".")
+    git(project, "commit", "-m", "with a helper")
+    (project / "README.md").write_text("of no matter")
+    assert identical(here()[0])
+    (helper / "table.json").write_text("[2]")
+    found, _ = here()
+    assert not identical(found) and outcomes(found) == {"adapt_flops": "unchanged"}
+    (helper / "__init__.py").write_text("def work(learner, x):\n    learner.embedding(x), learner.embedding(x)\n")
+    found, _ = here()
+    assert outcomes(found) == {"adapt_flops": "regressed"}, "the base has its own helper"
+    assert exit_code(found) == 1
+
+
+def test_an_installed_copy_of_the_projects_module_is_refused_by_name(project, here, monkeypatch):
+    installed = project.parent / "elsewhere" / "site-packages"
+    for folder in (installed / "helper", project / "helper"):
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text("def work():\n    pass\n")
+    monkeypatch.syspath_prepend(str(project))
+    sabotage = f"import sys; sys.path.insert(0, {str(installed)!r}); __import__('helper').work()"
+    write(project, sabotage=sabotage, measures="adapt_flops")
+    git(project, "add", ".")
+    git(project, "commit", "-m", "with a helper")
+    with pytest.raises(ConfigError, match=r"loaded helper from .*site-packages.*outside its own tree"):
+        here()
+    assert left(project) == ([], [])
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="metabench is not in a repository here")
+def test_metabench_itself_is_taken_from_each_side(tmp_path):
+    folder = tmp_path / "clone"
+    git(tmp_path, "clone", "--shared", str(ROOT), str(folder))
+    for changed in git(ROOT, "ls-files", "-mo", "--exclude-standard", "metabench", "suites").splitlines():
+        (folder / changed).parent.mkdir(parents=True, exist_ok=True)
+        (folder / changed).write_bytes((ROOT / changed).read_bytes())
+    suite = write(folder / "suites", measures="adapt_flops")
+    git(folder, "add", ".")
+    git(folder, "commit", "-m", "as it is")
+    source = folder / "metabench" / "kernels.py"
+    text = source.read_text()
+    twice = "            algorithm.adapt(episode.support, seeds=episode.seeds, steps=steps)\n"
+    once = "            return algorithm.adapt("
+    source.write_text(text.replace(once, twice + once))
+    assert source.read_text() != text
+    done = check(suite, "--base", "HEAD", folder=folder, PYTHONPATH=str(folder))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert left(folder) == ([], [])
+    source.write_text(text)
+    worker = folder / "metabench" / "environment.py"
+    now = worker.read_text()
+    worker.write_text(re.sub(r"^PROTOCOL = \d+", "PROTOCOL = 1", now, flags=re.M))
+    git(folder, "commit", "-qam", "an older protocol")
+    worker.write_text(now)
+    done = check(suite, "--base", "HEAD", folder=folder, PYTHONPATH=str(folder))
+    assert done.returncode == 2 and "speaks protocol 1" in done.stderr, done.stderr
+
+
+def test_a_base_that_cannot_be_imported_is_an_incomparable_row(project, here):
+    good = (project / "learner.py").read_text()
+    (project / "learner.py").write_text(good.replace("import os, time\n", "import os, time\nimport no_such_module\n"))
+    git(project, "commit", "-am", "broken")
+    (project / "learner.py").write_text(good)
+    found, _ = here()
+    assert outcomes(found) == {"adapt_time": "incomparable"} and exit_code(found) == 3 and not identical(found)
+    assert found.verdicts[0].reason.startswith("base: ") and "no_such_module" in found.verdicts[0].reason
+
+
+def test_a_candidate_that_dies_is_a_failed_cell_and_the_others_go_on(project, here):
+    write_learner(project, "other")
+    suite = project / "mine.yaml"
+    suite.write_text(
+        suite.read_text().replace("learner.py]", "learner.py, other.py]").replace("[learner]", "[learner, other]")
+    )
+    git(project, "add", ".")
+    git(project, "commit", "-m", "two")
+    write_learner(project, "learner", "os._exit(7)")
+    found, _ = here()
+    (failed,) = found.failed
+    assert exit_code(found) == 3 and failed.reason.startswith("the worker ended with exit code 7")
+    (second,) = found.verdicts
+    assert failed.cell.startswith("learner/") and second.cell.startswith("other/") and second.outcome != "incomparable"
+
+
+def test_what_the_base_does_not_know_yet(project, here):
+    source = (project / "learner.py").read_text()
+    (project / "learner.py").write_text(source.replace("lr: float = 0.01", "lr: float = 0.02, depth: int = 1"))
+    write_learner(project, "newcomer")
+    more = "[learner, newcomer, {name: learner, params: {depth: 2}}]"
+    suite = write(project, measures="adapt_flops").read_text()
+    (project / "learner.py").write_text(source.replace("lr: float = 0.01", "lr: float = 0.02, depth: int = 1"))
+    (project / "mine.yaml").write_text(
+        suite.replace("learner.py]", "learner.py, newcomer.py]").replace("[learner]", more)
+    )
+    found, said = here()
+    reasons = [one.reason for one in found.verdicts if one.outcome == "incomparable"]
+    assert reasons == ["base: newcomer is not there yet", "base: learner has no parameter depth there"]
+    assert [one.outcome for one in found.verdicts] == ["incomparable", "incomparable", "unchanged"]
+    assert "has no parameter depth yet and runs without" in said
+    assert "the default of lr is 0.02 now, 0.01 in the base" in said
+
+
+def test_counts_are_compared_exactly_without_pairs(project, here):
+    wanted = "adapt_flops, meta_step_nodes, accuracy"
+    write(project, measures=wanted, sabotage="self.embedding(support.x.flatten(2))")
+    found, said = here()
+    assert outcomes(found) == {"adapt_flops": "regressed", "meta_step_nodes": "unchanged"}
+    assert pairs(found) == 0 and exit_code(found) == 1 and found.verdicts[0].change > 0
+    assert "1 rows are no times or counts" in said
+
+
+def test_messages_for_what_is_not_there(project, here, tmp_path, monkeypatch):
+    for options, says in (
+        ({"base": None}, "--base REVISION"),
+        ({"base": "nowhere"}, "no such revision"),
+        ({"base": "-x"}, "no such revision"),
+        ({"select": "nothing"}, "no row"),
+        ({"base": None, "base_python": Path("/no/python")}, "neither an interpreter nor"),
+        ({"base_python": Path("/no/python")}, "what to compare with"),
+    ):
+        with pytest.raises(MetabenchError, match=says):
+            here(**options)
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    with pytest.raises(ConfigError, match="not a git repository"):
+        here(suite=write(plain))
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match="needs git"):
+        here()
+
+
+def test_a_git_hook_does_not_mislead_git(project, here, monkeypatch):
+    monkeypatch.setenv("GIT_DIR", str(project / "nowhere"))
+    monkeypatch.setenv("GIT_INDEX_FILE", "nowhere")
+    with pytest.raises(NothingRan):
+        here(select="nothing")
+
+
+@pytest.mark.parametrize(
+    "name, line",
+    [
+        ("origin/old", "git fetch --depth=1 origin old:refs/remotes/origin/old"),
+        ("HEAD~1", "git fetch --unshallow"),
+        ("v1", "git fetch --depth=1 origin v1:v1"),
+    ],
+)
+def test_a_shallow_clone_gets_the_line_to_run(project, tmp_path, name, line):
+    first = git(project, "rev-parse", "HEAD")
+    git(project, "branch", "old")
+    git(project, "tag", "v1")
+    write(project, sabotage=SLOWER)
+    git(project, "commit", "-am", "second")
+    clone = tmp_path / "shallow"
+    git(tmp_path, "clone", "--depth=1", f"file://{project}", str(clone))
+    repository = Repository.around(clone / "mine.yaml")
+    with pytest.raises(ConfigError, match=re.escape(line)):
+        repository.commit(name)
+    git(clone, *line.split()[1:])
+    assert repository.commit(name) == first
+
+
+def test_the_same_code_between_two_interpreters(project, here, tmp_path):
+    slow = tmp_path / "other" / "bin" / "python"
+    slow.parent.mkdir(parents=True)
+    slow.symlink_to(sys.executable)
+    (slow.parent.parent / "pyvenv.cfg").write_text(f"home = {Path(sys.executable).resolve().parent}\n")
+    packages = next(p for p in sys.path if p.endswith("site-packages"))
+    site = slow.parent.parent / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
+    site.mkdir(parents=True)
+    (site / "real.pth").write_text(packages + "\n")
+    (site / "slow.pth").write_text("import builtins; builtins.SLOW = True\n")
+    slower = "'SLOW' not in vars(__import__('builtins')) and self.embedding(support.x.flatten(2))"
+    write(project, sabotage=slower, measures="adapt_flops")
+    found, _ = here(base=None, base_python=tmp_path / "other")
+    assert outcomes(found) == {"adapt_flops": "regressed"} and str(slow) in found.title
+
+
+def workers_of(process):
+    """The living workers that a process has started."""
+    found = [one for one in process.children() if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    with contextlib.suppress(psutil.Error):
+        return [one for one in found if "metabench.worker" in " ".join(one.cmdline())]
+    return []
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_after_an_interruption(project, sent, monkeypatch):
+    scratch = project.parent / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    monkeypatch.chdir(project)
+    write(project, sabotage="time.sleep(0.01)", settings="gate: {looks: [200], seconds: 0.1}")
+    with started("check", "mine.yaml", "--base", "HEAD") as process:
+        me = psutil.Process(process.pid)
+        until(lambda: len(workers_of(me)) == 2, "two workers")
+        workers = workers_of(me)
+        assert len(left(project)[1]) == 1, "the worktree is there meanwhile"
+        process.send_signal(sent)
+        process.wait(timeout=30)
+        psutil.wait_procs(workers, timeout=30)
+        assert not any(worker.is_running() for worker in workers)
+    if sent == signal.SIGKILL:
+        assert len(left(project)[1]) == 1, "nobody could remove it"
+        assert check("mine.yaml", "--base", "HEAD", "-k", "nothing", folder=project).returncode == 3
+    else:
+        assert process.returncode == 130
+    assert left(project)[1] == []
+    assert [one for one in left(project)[0] if one.name.startswith("metabench-base-")] == []
+
+
+def test_more_rows_than_the_pairs_can_decide(project, here):
+    write(project, settings="gate: {looks: [5]}", sabotage="None")
+    with pytest.raises(ConfigError, match="a last look at 7 or later"):
+        here()
+    assert left(project) == ([], [])
+
+
+def test_the_self_test_sees_what_it_injects_and_says_how_noisy_it_was(project):
+    out = project / "trials.jsonl"
+    done = metabench("selftest", "mine.yaml", "--inject", "200%", "--trials", "1", "--out", out, cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert "found of +200%: 1 of 1" in done.stdout and "false alarms, rows: " in done.stdout
+    assert "recommended for this machine:\ngate: {alpha: 0.5" in done.stdout
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    injected = [line for line in lines if line["injected"] == 2.0]
+    assert [line["outcome"] for line in injected] == ["regressed"]
+    for line in injected:
+        assert math.expm1(line["ln_change"]) > 0.5 and len(line["ln_ratios"]) == 2
+    for wrong in ("5 per cent", "-1", "5%,5%"):
+        assert metabench("selftest", "mine.yaml", "--inject", wrong, cwd=project).returncode == 2

@@ -1,0 +1,54 @@
+"""What one pair of processes comes to, and which paths each side's workers import from."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+
+import numpy as np
+import pytest
+
+from metabench.pairs import log_ratio, module_path, top_names
+
+
+def test_a_pair_is_the_median_of_paired_ratios_so_drift_of_the_machine_cancels():
+    rng = np.random.default_rng(0)
+    drift = np.exp(np.cumsum(0.2 * rng.standard_normal(51)))  # the machine's speed wanders by tens of per cent
+    slices = {0: [(0.01 * d, 0.01 * d * 1.05 * math.exp(0.01 * rng.standard_normal())) for d in drift]}
+    assert log_ratio(slices) == pytest.approx(math.log(1.05), abs=0.005)
+    slices[0][7] = (0.01, 9.0)
+    assert log_ratio(slices) == pytest.approx(math.log(1.05), abs=0.005), "one wild slice is no matter"
+    backwards = {0: [(c, b) for b, c in slices[0]]}
+    assert log_ratio(backwards) == pytest.approx(-log_ratio(slices))
+
+
+def test_an_inner_step_is_the_ratio_of_slopes():
+    rng = np.random.default_rng(1)
+
+    def slices(step, more):
+        drift = np.exp(0.3 * rng.standard_normal(60))
+        return {k: [((0.002 + k * step) * d, (0.002 + k * step * more) * d) for d in drift] for k in (1, 3, 5)}
+
+    assert log_ratio(slices(0.001, 1.2)) == pytest.approx(math.log(1.2), abs=0.02)
+    assert log_ratio(slices(0.001, 1.0)) == pytest.approx(0, abs=1e-9)
+    assert log_ratio(slices(-0.0001, 1.0)) is None
+
+
+def test_each_side_imports_the_project_from_its_own_tree(tmp_path, monkeypatch):
+    root, tree, elsewhere = (tmp_path / name for name in ("root", "tree", "elsewhere"))
+    inside = root / ".venv" / "lib" / "python3" / "site-packages"
+    for folder in (root / "src" / "mine", inside / "theirs", elsewhere, tree):
+        folder.mkdir(parents=True)
+    (root / "src" / "mine" / "__init__.py").touch()
+    (root / "src" / "json.py").touch()
+    (root / "tool.py").touch()
+    monkeypatch.setattr(sys, "path", [str(root / "src"), str(inside), str(elsewhere), *sys.path])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(elsewhere), str(root / "src")]))
+    found = module_path(root, tree)["PYTHONPATH"].split(os.pathsep)
+    assert found == [str(tree / "src"), str(elsewhere)]
+    assert top_names(root) == {"mine"}, "neither installed packages nor names of the standard library"
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    assert module_path(root, tree)["PYTHONPATH"].split(os.pathsep)[0] == str(tree)
+    assert "tool" in top_names(root)
