@@ -411,16 +411,17 @@ def selftest(
     inject: Annotated[
         str, typer.Option(help="Slowdowns to find, as shares of a kernel's time: 5%, or 5%,10%, or 0 for none.")
     ] = "5%",
-    trials: Annotated[int, typer.Option(min=1, help="Checks of the same code against itself.")] = 5,
+    trials: Annotated[
+        int, typer.Option(min=1, help="Checks of the same code against itself; those in --out count.")
+    ] = 5,
     select: Select = "",
     out: Annotated[
-        Path | None, typer.Option(help="Append the raw ratios and verdicts of each trial to this file, as JSON lines.")
+        Path | None,
+        typer.Option(help="Keep each trial's raw ratios in this file, as JSON lines, and go on from those in it."),
     ] = None,
     data_root: DataRoot = None,
 ) -> None:
     """Test the live gate on this machine: false alarms on identical code, slowdowns found, settings as YAML."""
-    import json
-
     from rich.console import Console
 
     from metabench import selftest as examiner
@@ -428,21 +429,13 @@ def selftest(
     from metabench.suite import load_suite
 
     _use_data_root(data_root)
-
-    def keep(trial: examiner.Trial) -> None:
-        if out is not None:
-            with out.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in trial.lines())
-
-    if out is not None:
-        out.touch()  # what cannot be written is said now, not after an hour
     found = examiner.selftest(
         load_suite(suite),
         inject=_shares(inject),
         trials=trials,
         select=select,
         watch=ShowPairs(_console(stderr=True)),
-        keep=keep,
+        out=out,
     )
     examiner.show(found, Console(width=_width(), highlight=False, emoji=False))
 

@@ -7,10 +7,11 @@ its own, looks and confirmation included. A trial is one such check. Never impor
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from metabench import plan
+import metabench
+from metabench import environment, plan
 from metabench.errors import Interrupted, NothingRan
 from metabench.gate import SEED, Watch, impossible, margins_of, setting_of
 from metabench.judging import Family, Judgement, confirmed, confirming, pairs_needed
 from metabench.pairs import SIDES, Item, Name, Pairs, Side, Which
+from metabench.plan import Row
 from metabench.signedranks import centre, spread
 from metabench.stats import proportion_interval
 from metabench.suite import Gating, Suite
 from metabench.thresholds import Margin
+from metabench.trials import Trial, Trials
 
 ASKED = 0.05  # the slowdown that a gate is for
 BOUND = 0.95  # one-sided level of the bounds of rates
@@ -86,32 +90,6 @@ class SelfTest:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Trial:
-    """The judgements of one trial by row, and the log ratios of its pairs, those of the confirmation last."""
-
-    found: dict[Name, Judgement]
-    ratios: dict[Name, list[float]]
-
-    def lines(self) -> list[dict[str, Any]]:
-        """Each row as plain data for JSON."""
-        return [
-            {
-                "cell": name.cell,
-                "measure": name.measure,
-                "injected": name.share,
-                "outcome": one.outcome,
-                "small": one.small,
-                "ln_change": one.change.value,
-                "ln_low": one.change.low,
-                "ln_high": one.change.high,
-                "ln_ratios": self.ratios[name],
-            }
-            for name, one in self.found.items()
-            if self.ratios[name]
-        ]
-
-
 def selftest(
     suite: Suite,
     *,
@@ -119,19 +97,22 @@ def selftest(
     trials: int = 5,
     select: str = "",
     watch: Watch,
-    keep: Callable[[Trial], None] | None = None,
+    out: Path | None = None,
 ) -> SelfTest:
     """Check the suite's kernels against themselves `trials` times; `inject` are the shares of slowdowns to find.
 
-    `keep` is told each trial when it is finished.
+    Every trial is kept in the file `out` when it is finished; trials that are there already count among `trials`.
 
     Raises:
+        ConfigError: `out` holds something else, or cannot be written.
         NothingRan: no time of a kernel in the suite, or none that could be measured.
         Interrupted: Ctrl-C.
     """
     rows = [row for row in plan.select_rows(plan.rows_of(suite), select) if row.kernel and row.aspect == "time"]
     rows = [row for row in rows if impossible(row, suite) is None]
     shares = (0.0, *inject)
+    kept = Trials(out, _settings(suite, rows, shares)) if out else None
+    done = list(kept.earlier) if kept else []
     items = []
     for row in rows:
         message = plan.cost_message(row)
@@ -140,22 +121,36 @@ def selftest(
     base, candidate = (Side(which, f"{which} (the same code)", suite.plugins) for which in SIDES)
     with tempfile.TemporaryDirectory(prefix="metabench-gate-") as folder:
         pairs = Pairs(base, candidate, items, Path(folder), seconds=suite.gate.seconds, seed=SEED)
-        done: list[Trial] = []
+        pairs.taken = itertools.count(sum(trial.pairs for trial in done))  # no pair is laid out as an earlier one
         try:
             watch.pair("rehearsal", 0, 0, len(items))
             pairs.rehearse(lambda workers: None)
             if not pairs.items:
                 raise NothingRan(f"no kernel of {suite.name} can be timed here: {_reasons(pairs) or 'it names none'}")
             margins = margins_of(pairs.items, rows, suite)
-            for number in range(trials):
-                done.append(_trial(pairs, margins, suite.gate, shares, f"trial {number + 1} of {trials}, pair", watch))
-                if keep:
-                    keep(done[-1])
+            while len(done) < trials:
+                stage = f"trial {len(done) + 1} of {trials}, pair"
+                done.append(_trial(pairs, margins, suite.gate, shares, stage, watch))
+                if kept:
+                    kept.add(done[-1])
         except KeyboardInterrupt:
             if not done:
                 raise Interrupted("interrupted before the first trial was finished") from None
             watch.note(f"interrupted: what follows is of {len(done)} trials")
         return _report(suite, margins, shares, done, pairs)
+
+
+def _settings(suite: Suite, rows: Sequence[Row], shares: Sequence[float]) -> dict[str, Any]:
+    """What trials must have in common to be counted together."""
+    margins = margins_of([Name(*row.key) for row in rows], rows, suite)
+    return {
+        "suite": suite.name,
+        "kernels": [[name.cell, name.measure, one.margin, one.unchanged] for name, one in margins.items()],
+        "injected": list(shares[1:]),
+        "gate": {**vars(suite.gate), "looks": list(suite.gate.looks)},
+        "metabench": metabench.__version__,
+        "machine": environment.name(environment.stable({})),
+    }
 
 
 def _trial(
@@ -200,7 +195,7 @@ def _report(
     missed = [
         f"{name.cell} {name.measure} +{name.share:.0%}: {trial.found[name].outcome} in trial {number}"
         for number, trial in enumerate(trials, 1)
-        for name in pairs.items
+        for name in trial.found
         if name.share and trial.found[name].outcome != "regressed"
     ]
     notes = {f"{fault.which}: {fault.reason}": None for fault in pairs.faults.values()}
@@ -212,7 +207,7 @@ def _report(
         per_family=Rate(sum(map(any, alarms)), len(trials)),
         missed=tuple(missed),
         recommended=recommend(rules, [one.pairs for one in reports]),
-        pairs=sum(max(map(len, trial.ratios.values())) for trial in trials),
+        pairs=sum(trial.pairs for trial in trials),
         notes=tuple(notes),
     )
 

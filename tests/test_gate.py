@@ -399,10 +399,19 @@ def test_the_self_test_sees_what_it_injects_and_says_how_noisy_it_was(project):
     assert done.returncode == 0, done.stderr
     assert "found of +200%: 1 of 1" in done.stdout and "false alarms, rows: " in done.stdout
     assert "recommended for this machine:\ngate: {alpha: 0.5" in done.stdout
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    injected = [line for line in lines if line["injected"] == 2.0]
+    settings, trial = (json.loads(line) for line in out.read_text().splitlines())
+    assert settings["gate"]["alpha"] == 0.5 and settings["injected"] == [2.0]
+    injected = [line for line in trial["rows"] if line["injected"] == 2.0]
     assert [line["outcome"] for line in injected] == ["regressed"]
     for line in injected:
         assert math.expm1(line["ln_change"]) > 0.5 and len(line["ln_ratios"]) == 2
+    kept = out.read_bytes()
+    with out.open("ab") as file:
+        file.write(b'{"rows": [{"cell": "torn by a k')
+    again = metabench("selftest", "mine.yaml", "--inject", "200%", "--trials", "1", "--out", out, cwd=project)
+    assert again.returncode == 0 and again.stdout == done.stdout, "nothing is measured again"
+    assert out.read_bytes() == kept
+    other = metabench("selftest", "mine.yaml", "--inject", "100%", "--trials", "1", "--out", out, cwd=project)
+    assert other.returncode == 2 and "holds trials with another injected" in other.stderr
     for wrong in ("5 per cent", "-1", "5%,5%"):
         assert metabench("selftest", "mine.yaml", "--inject", wrong, cwd=project).returncode == 2

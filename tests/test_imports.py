@@ -83,7 +83,19 @@ ALLOWED: dict[str, set[str]] = {
         "workers",
         *SUITES,
     },
-    "selftest": {"gate", "judging", "pairs", "plan", "signedranks", "stats", "suite", "thresholds"},
+    "trials": {"judging", "pairs", "stats"},
+    "selftest": {
+        "environment",
+        "gate",
+        "judging",
+        "pairs",
+        "plan",
+        "signedranks",
+        "stats",
+        "suite",
+        "thresholds",
+        "trials",
+    },
     "runner": {"costs", "plan", "store", "environment", "stats", "workers", *SUITES},
     "worker": {"bench", "catalogue", "environment", "measure", "scoring"},
     "probe": {"environment", "roofs", "timing"},
@@ -110,7 +122,7 @@ ALLOWED: dict[str, set[str]] = {
 PLAIN = (
     "suite", "cells", "suitefile", "catalogue", "store", "environment", "stats", "roofline", "verdicts", "doctor",
     "plan", "workers", "costs", "runner", "report", "cli", "thresholds", "joint", "sides", "compare", "verdict_report",
-    "export", "leaderboard", "signedranks", "judging", "revisions", "pairs", "gate", "selftest",
+    "export", "leaderboard", "signedranks", "judging", "revisions", "pairs", "gate", "selftest", "trials",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
