@@ -52,38 +52,45 @@ ReadWeights = Literal["after", "before"]
 UNTOUCHED = 1e-6  # what every slot of the memory holds at the start
 
 
-@dataclass(frozen=True)
-class _Written:
-    """T memories (T, slots, width), each in m versions.
+def _cosine(key: Tensor, memory: Tensor) -> Tensor:
+    """Of keys (T, m, heads, width) and the slots of memories (T, slots, width): (T, m, heads, slots)."""
+    lengths = (memory.square().sum(-1) + UNIT_EPS).rsqrt()[:, None, None]
+    return _products(key, memory) * (key.square().sum(-1, keepdim=True) + UNIT_EPS).rsqrt() * lengths
 
-    A version adds `content` (T, m, heads, width) with the weights `write` (T, m, heads, slots). It is never written out
-    to be read: m queries of a task need no m memories.
+
+def _products(vectors: Tensor, memory: Tensor) -> Tensor:
+    """Of vectors (T, m, heads, width) and slots: (T, m, heads, slots)."""
+    return (vectors.flatten(1, 2) @ memory.mT).reshape(*vectors.shape[:3], -1)
+
+
+def _read(weights: Tensor, memory: Tensor) -> Tensor:
+    """The slots' content, weighted (T, m, heads, slots): vectors (T, m, heads, width)."""
+    return (weights.flatten(1, 2) @ memory).reshape(*weights.shape[:3], -1)
+
+
+@dataclass(frozen=True)
+class _Versions:
+    """T memories (T, slots, width), each in m versions, of which only what is read is made.
+
+    A version adds `content` (T, m, heads, width) with the weights `write` (T, m, heads, slots). It is never written
+    out: m queries of a task need no m memories.
     """
 
     memory: Tensor
     write: Tensor
     content: Tensor
 
-    def whole(self) -> Tensor:
-        """The one version (m = 1), written out: (T, slots, width)."""
-        return torch.baddbmm(self.memory, self.write[:, 0].mT, self.content[:, 0])
-
     def cosine(self, key: Tensor) -> Tensor:
-        """Of keys (T, m, heads, width) and slots: (T, m, heads, slots)."""
-        products = self._with_memory(key) + key @ self.content.mT @ self.write
-        overlap = 2 * self._with_memory(self.content) + self.content @ self.content.mT @ self.write
+        """As `_cosine`, each key's with its own version."""
+        products = _products(key, self.memory) + key @ self.content.mT @ self.write
+        overlap = 2 * _products(self.content, self.memory) + self.content @ self.content.mT @ self.write
         squares = self.memory.square().sum(-1)[:, None] + (self.write * overlap).sum(2)
         lengths = (squares.clamp_min(0) + UNIT_EPS).rsqrt()[:, :, None]
         return products * (key.square().sum(-1, keepdim=True) + UNIT_EPS).rsqrt() * lengths
 
     def read(self, weights: Tensor) -> Tensor:
-        """The slots' content, weighted (T, m, heads, slots): vectors (T, m, heads, width)."""
-        old = (weights.flatten(1, 2) @ self.memory).reshape(*weights.shape[:3], -1)
-        return old + weights @ self.write.mT @ self.content
-
-    def _with_memory(self, vectors: Tensor) -> Tensor:
-        """Products of vectors (T, m, heads, width) and slots: (T, m, heads, slots)."""
-        return (vectors.flatten(1, 2) @ self.memory.mT).reshape(*vectors.shape[:3], -1)
+        """As `_read`, with each version's own weights."""
+        return _read(weights, self.memory) + weights @ self.write.mT @ self.content
 
 
 class Mann(SequenceLearner):
@@ -154,15 +161,16 @@ class Mann(SequenceLearner):
         target = least if self.write_to == "one" else least.sum(1, keepdim=True)
         write = gate * read + (1 - gate) * target[:, None]
         kept = memory * (1 - least[:, 0, :, None])  # the least used slot of all is emptied first
-        after = _Written(kept, write, content)
-        compared = after if self.read_weights == "after" else _Written(memory, write, torch.zeros_like(content))
-        read = compared.cosine(key).softmax(-1)
-        reads = after.read(read).flatten(-2)
         if last:
-            return hidden, cell, reads
+            after = _Versions(kept, write, content)
+            read = (after.cosine(key) if self.read_weights == "after" else _cosine(key, memory)).softmax(-1)
+            return hidden, cell, after.read(read).flatten(-2)
+        # one example: written out, which takes half of the operations
+        whole = torch.baddbmm(kept, write[:, 0].mT, content[:, 0])
+        read = _cosine(key, whole if self.read_weights == "after" else memory).softmax(-1)
         # the usage only decides where to write, and no gradient passes a decision: it needs no graph
         usage = self.decay * usage + (read + write).detach().sum((1, 2))
-        return hidden, cell, reads, after.whole(), read, usage
+        return hidden, cell, _read(read, whole).flatten(-2), whole, read, usage
 
     def least_used(self, usage: Tensor) -> Tensor:
         """The `heads` least used slots of usage (T, slots), the least first, as one-hot rows: a constant."""
