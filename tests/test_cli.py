@@ -369,7 +369,7 @@ def test_on_a_terminal_there_are_bars_with_what_is_left(tmp_path):
 
 
 def test_the_summary_for_continuous_integration(tmp_path, monkeypatch, call, folder):
-    from metabench.cli import _derive
+    from metabench.cli.runs import _derive
 
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
     _derive(Run.open(folder))

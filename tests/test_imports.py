@@ -105,6 +105,7 @@ ALLOWED: dict[str, set[str]] = {
     "progress": {"runner", "store"},
     "listing": {"datasets", *SUITES},
     "cli": {
+        "cli",
         "doctor",
         "gate",
         "leaderboard",

@@ -27,7 +27,7 @@ def test_source_hash_covers_what_is_imported_however_far(tmp_path):
     file.write_text("from metabench.algorithms.fomaml import build\n", encoding="utf-8")
     names = {found.name for found in plan.imported_files((file, plan.PACKAGE / "measure.py"))}
     assert {"mine.py", "fomaml.py", "maml.py", "base.py", "backbones.py", "episodes.py", "scoring.py"} <= names
-    assert not {"cli.py", "runner.py", "protonet.py"} & names  # what makes no number makes no row stale
+    assert not {"terminal.py", "runner.py", "protonet.py"} & names  # what makes no number makes no row stale
 
 
 def test_trainings_are_shared_by_the_tasks_that_state_them_and_costs_are_no_part_of_them():

@@ -1,0 +1,95 @@
+"""`leaderboard` and its commands: merge runs into a page, verify and pack submissions."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from metabench.cli.terminal import DataRoot, print_text, use_data_root
+
+SUMMARY_BYTES = 1_000_000  # of GITHUB_STEP_SUMMARY, which takes 1 MiB or nothing
+RunsOrBundles = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or bundles made by `pack`.")]
+
+
+class _BuildByDefault(TyperGroup):
+    """`leaderboard RUN ...` is `leaderboard build RUN ...`: what is no command of the group is a run."""
+
+    default_command = "build"
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Name the default command where none is named."""
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+            args = [self.default_command, *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_BuildByDefault,
+    help="Merge runs into a static leaderboard: `metabench leaderboard RUN... --out DIR`; verify and pack submissions.",
+    no_args_is_help=True,
+)
+
+
+@app.command()
+def build(
+    runs: RunsOrBundles,
+    out: Annotated[Path, typer.Option(help="The folder of the site: index.html, leaderboard.csv and .md, badge.svg.")],
+    board: Annotated[
+        Path | None, typer.Option(help="A board file (board.yaml): title, protocols, least seeds, withdrawals.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--verify", help="Verify every run first: its rows are `recomputed`, not `claimed`.")
+    ] = False,
+    data_root: DataRoot = None,
+) -> None:
+    """Merge runs into a static page, CSV and Markdown (the default: `build` may be left out)."""
+    from metabench.leaderboard import leaderboard
+
+    use_data_root(data_root)
+    built = leaderboard(runs, out, board=board, check=check)
+    print_text("".join(f"{line}\n" for line in (*built.lines, f"page: {built.page}")))
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with Path(summary).open("a", encoding="utf-8") as file:
+            short = len(built.markdown.encode()) < SUMMARY_BYTES
+            file.write(built.markdown if short else "\n".join(f"- {line}" for line in built.lines) + "\n")
+
+
+@app.command()
+def verify(
+    runs: RunsOrBundles,
+    episodes: Annotated[
+        bool, typer.Option("--episodes/--no-episodes", help="Also make the test episodes anew, from the data set.")
+    ] = True,
+    data_root: DataRoot = None,
+) -> None:
+    """Recompute every figure of a run from its raw rows and episodes; exit code 2 where something does not add up."""
+    from metabench.leaderboard import verify
+
+    use_data_root(data_root)
+    audits = verify(runs, episodes=episodes)
+    for audit in audits:
+        counts = ", ".join(f"{number:,} {what}" for what, number in audit.checked)
+        typer.echo(f"{audit.run}: {'does not add up' if audit.problems else 'good'}; recomputed {counts or 'nothing'}")
+        for text in audit.unchecked:
+            typer.echo(f"  not checked: {text}")
+        for problem in audit.problems:
+            typer.echo(f"  {problem.where}: {problem.what}", err=True)
+    if any(audit.problems for audit in audits):
+        sys.exit(2)
+
+
+@app.command()
+def pack(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder to hand in.")],
+    submitter: Annotated[str, typer.Option(help="Your name, as the board shows it.")],
+    out: Annotated[Path, typer.Option(help="The folder for the bundle.")] = Path(),
+) -> None:
+    """Verify a run's figures and make the bundle to hand in: a zip of raw rows with hashes; same run, same bytes."""
+    from metabench.leaderboard import pack
+
+    typer.echo(pack(run, out, submitter=submitter))

@@ -1,0 +1,50 @@
+"""What every command of the command line shares: its options, the console, and text on standard output."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(help="Folder with data sets, e.g. DIR/omniglot/images_background.zip.", envvar="METABENCH_DATA"),
+]
+Select = Annotated[str, typer.Option("-k", "--select", help="Only rows whose 'cell/measure' holds all of these words.")]
+
+
+def console(*, stderr: bool = False) -> Console:
+    """For people: standard error, or standard output as wide as tables are there."""
+    from rich.console import Console
+
+    if stderr:
+        return Console(stderr=True, emoji=False)  # a path may hold :tada:
+    return Console(width=width(), highlight=False, emoji=False)
+
+
+def width() -> int:
+    """Columns for tables: the terminal's, 80 where there is none."""
+    import shutil
+
+    return shutil.get_terminal_size((80, 24)).columns if sys.stdout.isatty() or "COLUMNS" in os.environ else 80
+
+
+def print_text(text: str) -> None:
+    """Text on standard output, with a line's end."""
+    try:
+        sys.stdout.write(text if not text or text.endswith("\n") else text + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has enough (`| head`): that is no failure
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def use_data_root(root: Path | None) -> None:
+    """Look for data sets there, in this process and in its workers."""
+    if root is not None:
+        os.environ["METABENCH_DATA"] = str(root.absolute())

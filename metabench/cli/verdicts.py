@@ -1,0 +1,211 @@
+"""`compare`, `check`, `selftest` and `export`: what changed, and whether that is a regression."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from metabench.cli.terminal import DataRoot, Select, console, print_text, use_data_root
+from metabench.errors import ConfigError
+
+if TYPE_CHECKING:
+    from metabench.verdicts import Findings
+
+
+def compare(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="A run's folder, a folder of runs, or a results.csv.")],
+    candidates: Annotated[
+        list[Path], typer.Argument(metavar="CANDIDATE...", help="The same; each is compared with BASE.")
+    ],
+    format: Annotated[str, typer.Option("--format", "-f", help="table, md, csv or json.")] = "table",
+    select: Select = "",
+    across_machines: Annotated[
+        bool,
+        typer.Option("--across-machines", help="Compare times of unlike machines too: they then speak of both."),
+    ] = False,
+) -> None:
+    """Compare stored results row by row: what changed, how sure that is, and what could have been seen.
+
+    Accuracy is paired on equal test episodes, times count on one machine whose control rows held still, counts are
+    exact. Informs and exits with 0; `metabench check` is the gate. Margins stand in the suite under `thresholds`.
+    """
+    from metabench import compare as comparison
+
+    found = [comparison.compare([base], [one], select=select, across_machines=across_machines) for one in candidates]
+    print_findings(found, format)
+
+
+def check(
+    suite: Annotated[
+        str | None, typer.Argument(metavar="SUITE", help="A suite with times or counts of kernels, for a live check.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Live: the working tree against this git revision, e.g. origin/main or HEAD~1.")
+    ] = None,
+    base_python: Annotated[
+        Path | None, typer.Option(help="Live: this interpreter against that one (or a virtual environment's folder).")
+    ] = None,
+    measure_identical: Annotated[
+        bool, typer.Option("--measure-identical", help="Live: measure even where both sides load the same code.")
+    ] = False,
+    baseline: Annotated[
+        list[Path] | None,
+        typer.Option(help="Stored results: a run's folder, a folder of runs, a results.csv; repeatable."),
+    ] = None,
+    candidate: Annotated[list[Path] | None, typer.Option(help="The stored results to judge; repeatable.")] = None,
+    format: Annotated[str, typer.Option("--format", "-f", help="table, md, csv or json.")] = "table",
+    select: Select = "",
+    fail_on: Annotated[
+        str, typer.Option(help="Fail also on these: inconclusive, incomparable, missing; several with commas.")
+    ] = "",
+    junit: Annotated[Path | None, typer.Option(help="Write the verdicts as JUnit XML to this file.")] = None,
+    data_root: DataRoot = None,
+) -> None:
+    """The gate for CI: fail where the candidate is worse than the base.
+
+    Live, two versions of the code side by side on this machine, for times and counts: `check SUITE --base REVISION` or
+    `check SUITE --base-python PATH`. Stored results, for accuracy too: `check --baseline RUN --candidate RUN`.
+
+    Exit codes: 0 no regression, 1 a row regressed, 2 usage or configuration, 3 a row failed or nothing could be
+    compared, 4 contaminated, or what --fail-on names. Writes GITHUB_STEP_SUMMARY, GITHUB_OUTPUT (`verdict=`) and one
+    annotation.
+    """
+    from metabench import verdict_report
+
+    asked = _fail_on(fail_on)
+    verdict_report.check_format(format)
+    live, stored = (suite, base, base_python), (baseline, candidate)
+    if any(live) == any(stored) or not (suite if any(live) else all(stored)):
+        raise ConfigError("check either SUITE with --base or --base-python, or --baseline RUN with --candidate RUN")
+    if suite is not None:
+        use_data_root(data_root)
+        found = [_check_live(suite, base, base_python, select, measure_identical)]
+    else:
+        from metabench import compare as comparison
+
+        found = [comparison.compare(baseline or [], candidate or [], select=select)]
+    print_findings(found, format)
+    _conclude(found, asked, junit)
+
+
+def _check_live(
+    suite: str, base: str | None, base_python: Path | None, select: str, measure_identical: bool
+) -> Findings:
+    from metabench import gate
+    from metabench.progress import ShowPairs
+    from metabench.suite import load_suite
+
+    return gate.check(
+        load_suite(suite),
+        base=base,
+        base_python=base_python,
+        watch=ShowPairs(console(stderr=True)),
+        select=select,
+        measure_identical=measure_identical,
+    )
+
+
+def selftest(
+    suite: Annotated[str, typer.Argument(help="A shipped suite or a YAML file, with times of kernels.")],
+    inject: Annotated[
+        str, typer.Option(help="Slowdowns to find, as shares of a kernel's time: 5%, or 5%,10%, or 0 for none.")
+    ] = "5%",
+    trials: Annotated[
+        int, typer.Option(min=1, help="Checks of the same code against itself; those in --out count.")
+    ] = 5,
+    select: Select = "",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Keep each trial's raw ratios in this file, as JSON lines, and go on from those in it."),
+    ] = None,
+    data_root: DataRoot = None,
+) -> None:
+    """Test the live gate on this machine: false alarms on identical code, slowdowns found, settings as YAML."""
+    from metabench import selftest as examiner
+    from metabench.progress import ShowPairs
+    from metabench.suite import load_suite
+
+    use_data_root(data_root)
+    found = examiner.selftest(
+        load_suite(suite),
+        inject=_shares(inject),
+        trials=trials,
+        select=select,
+        watch=ShowPairs(console(stderr=True)),
+        out=out,
+    )
+    examiner.show(found, console())
+
+
+def _shares(text: str) -> list[float]:
+    """'5%,10%' or '0.05,0.1' as shares; 0 is none."""
+    try:
+        found = [float(one.removesuffix("%")) / (100 if one.endswith("%") else 1) for one in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--inject {text}: give shares such as 5% or 5%,10%") from None
+    if not all(0 <= share <= 10 for share in found) or len({*found}) < len(found):
+        raise ConfigError(f"--inject {text}: shares lie between 0 and 1000%, each once")
+    return [share for share in found if share]
+
+
+def export(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or results.csv files.")],
+    to: Annotated[str, typer.Option("--to", help="pyperf, github-action-benchmark, bencher or junit.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write; a folder where there are several. Default: print it.")
+    ] = None,
+    select: Select = "",
+) -> None:
+    """Stored results in the format of another tool.
+
+    pyperf gets the times of kernels, one value per process. github-action-benchmark reads two files, for what is
+    better smaller (times, errors, counts) and what is better bigger (accuracies): give --out a folder.
+    """
+    from metabench import export as exporter
+
+    files = exporter.export(runs, to, select=select)
+    if out is not None:
+        print_text("".join(f"{path}\n" for path in exporter.write(files, out)))
+    elif len(files) > 1:
+        raise ConfigError(f"--to {to} makes {' and '.join(files)}: name a folder for them with --out")
+    else:
+        print_text(next(iter(files.values())))
+
+
+def _fail_on(text: str) -> list[str]:
+    from metabench.errors import did_you_mean
+    from metabench.verdicts import ASKED
+
+    asked = [word.strip() for word in text.split(",") if word.strip()]
+    for word in asked:
+        if word not in ASKED:
+            raise ConfigError(f"--fail-on {word}: no such verdict{did_you_mean(word, ASKED)}; regressions always fail")
+    return asked
+
+
+def _conclude(found: Sequence[Findings], fail_on: Sequence[str], junit: Path | None) -> NoReturn:
+    """Tell CI what a gate found, and exit with its code."""
+    from metabench import verdict_report
+    from metabench.verdicts import conclude
+
+    verdict, code = conclude(found, fail_on)
+    if junit is not None:
+        verdict_report.write_junit(junit, found)
+    if line := verdict_report.publish(found, verdict):
+        typer.echo(line, err=True)
+    typer.echo(f"verdict: {verdict}", err=True)
+    sys.exit(code)
+
+
+def print_findings(found: Sequence[Findings], format: str) -> None:
+    """Findings on standard output, tables as wide as it is."""
+    from metabench import verdict_report
+
+    if format != "table":
+        print_text(verdict_report.render(found, format))
+        return
+    verdict_report.show(found, console())
