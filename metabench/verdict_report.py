@@ -362,7 +362,10 @@ def annotation(findings: Sequence[Findings], verdict: str) -> str | None:
     named = [f"{row.cell} {row.measure} {change(row)}" for row in rows[:3]]
     named += [f"{row.cell} {row.measure}: {row.reason}" for row in failed[:3]]
     more = len(rows) + len(failed) - len(named)
-    text = "\n".join([*(counted(one) for one in findings), *named, *([f"... and {more} more"] if more > 0 else [])])
+    why = [one.contaminated for one in findings if one.contaminated]
+    text = "\n".join(
+        [*(counted(one) for one in findings), *why, *named, *([f"... and {more} more"] if more > 0 else [])]
+    )
     return f"::{level} title=metabench%3A {verdict}::{_workflow(text)}"
 
 

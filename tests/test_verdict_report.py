@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from metabench import verdict_report as out
 from metabench.errors import ConfigError
-from metabench.verdicts import ORDER, Absent, Findings, Joint, Verdict, conclude
+from metabench.verdicts import ORDER, Absent, Control, Findings, Joint, Verdict, conclude
 
 CELL = "maml[inner_steps=5]/omniglot[vinyals]/5w1s15q/support/cpu-float32/seed0"
 OUTCOMES = ("unchanged", "improved", "regressed", "incomparable", "inconclusive")
@@ -54,6 +54,23 @@ MISSING = Absent(cell=CELL, measure="mse", status="missing", reason="the candida
 def test_the_exit_code_of_a_gate(outcomes, absent, fail_on, expected):
     found = findings(*map(verdict, outcomes), absent=tuple(absent))
     assert conclude([found], fail_on) == expected
+
+
+def test_moved_controls_are_said_everywhere_and_outweigh_all_but_regressions_and_failures():
+    why = "controls moved: matmul by +7.1%"
+    live = {"contaminated": why, "controls": (Control("matmul", 0.071, True), Control("python", 0.001, False))}
+    found = findings(verdict("inconclusive"), level="99.75 %", **live)
+    assert conclude([found], ["inconclusive"]) == ("contaminated", 4)
+    assert conclude([findings(verdict("regressed"), **live)]) == ("regressed", 1)
+    assert conclude([findings(verdict("unchanged"), absent=(FAILED,), **live)]) == ("failed", 3)
+    for text in (out.render([found], "table"), out.as_markdown(found)):
+        assert why in " ".join(text.split()) and "matmul +7.1 % MOVED, python +0.1 %" in " ".join(text.split())
+    assert "change, 99.75 %" in out.as_markdown(found)
+    (told,) = json.loads(out.as_json([found]))["comparisons"]
+    assert told["contaminated"] == why and told["level"] == "99.75 %"
+    assert told["controls"][0] == {"name": "matmul", "change": 0.071, "moved": True}
+    line = out.annotation([found], "contaminated")
+    assert line.startswith("::warning ") and "matmul by +7.1%25" in line
 
 
 def test_nothing_at_all_is_no_pass():

@@ -26,6 +26,7 @@ app = typer.Typer(
     epilog="Start with `metabench run`, which needs no data and takes about three minutes on two cores.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
