@@ -18,7 +18,7 @@ from metabench.episodes import ImageData
 from metabench.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
-GOLDEN = "ce0d15055542f056c1a3a5f16920b6cbdbe005228eaf690160ac7b78fdb580a0"
+GOLDEN = glyphs.PIXELS_SHA256
 SOME = range(38, 41)
 GOLDEN_SOME = "55cd276097cfab2a2dfb7150f831ae153d92b87628f9268815caa261ee856319"
 HASH = (
@@ -37,14 +37,31 @@ def data() -> ImageData:
 
 
 @pytest.fixture(scope="module")
-def images(data: ImageData) -> np.ndarray:
-    return data.images
+def images() -> np.ndarray:
+    """Drawn anew, whatever a cache holds."""
+    return glyphs.draw()
 
 
 def test_every_pixel_is_the_golden_one(images: np.ndarray) -> None:
     assert images.dtype == np.uint8
     assert images.shape == (1600, 20, 28, 28)
     assert sha256(images) == GOLDEN, "the pixels changed: that needs a new VERSION and a new golden hash"
+
+
+def test_what_the_cache_holds_is_what_is_drawn(images: np.ndarray, tmp_path: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setenv("METABENCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(glyphs, "draw", lambda: images)
+    assert np.array_equal(glyphs.images(), images)
+    (file,) = (tmp_path / "glyphs").iterdir()
+    monkeypatch.setattr(glyphs, "draw", lambda: pytest.fail("drawn again"))
+    assert np.array_equal(glyphs.build().images, images)
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    monkeypatch.setattr(glyphs, "draw", lambda: images)
+    assert np.array_equal(glyphs.images(), images) and "damaged or outdated" in caplog.text
+    monkeypatch.setenv("METABENCH_CACHE", "/proc/nowhere")
+    assert np.array_equal(glyphs.images(), images), "a folder that cannot be written costs no run"
 
 
 def simd_features() -> list[str]:

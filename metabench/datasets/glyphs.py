@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from metabench.datasets import files
 from metabench.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ METABENCH = {
     "shape": [1, 28, 28],
 }
 VERSION = "glyphs-1"
+PIXELS_SHA256 = "ce0d15055542f056c1a3a5f16920b6cbdbe005228eaf690160ac7b78fdb580a0"
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -434,6 +436,17 @@ def draw(alphabets: range = range(RECIPE.alphabets)) -> NDArray[np.uint8]:
     return np.concatenate([draw_alphabet(a) for a in alphabets])
 
 
+def images() -> NDArray[np.uint8]:
+    """All drawings, from the cache folder or else drawn into it: drawing takes as long as importing torch."""
+    path = files.cache_dir() / "glyphs" / f"{VERSION}.cache"
+    shape = (sum(SIZES), RECIPE.drawers, RECIPE.side, RECIPE.side)
+    if (cached := files.read_cache(path, key=VERSION, shape=shape, sha256=PIXELS_SHA256)) is not None:
+        return cached
+    drawn = draw()
+    files.write_cache(path, drawn, key=VERSION)
+    return drawn
+
+
 def build(*, split: Literal["alphabets"] = "alphabets") -> ImageData:
     """Make the data set, with the subsets of `split` ("alphabets": 33 / 5 / 12 whole alphabets).
 
@@ -447,4 +460,4 @@ def build(*, split: Literal["alphabets"] = "alphabets") -> ImageData:
     names = tuple(f"alphabet{a:02d}/character{c:02d}" for a, n in enumerate(SIZES) for c in range(n))
     starts = np.cumsum((0, *SIZES))
     subsets = {name: np.arange(starts[part.start], starts[part.stop]) for name, part in SUBSETS.items()}
-    return ImageData(name="glyphs", version=VERSION, split=split, images=draw(), classes=names, subsets=subsets)
+    return ImageData(name="glyphs", version=VERSION, split=split, images=images(), classes=names, subsets=subsets)
