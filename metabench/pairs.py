@@ -178,7 +178,6 @@ class Pairs:
                 side.plugins,
                 self._log(side.which),
                 allocator=setting.allocator,
-                pinned=True,
                 python=side.python,
                 folder=side.folder,
                 more={**side.variables, **layout},
@@ -200,6 +199,7 @@ class Pairs:
                 f"{side.label} speaks protocol {said} with its worker, this metabench {environment.PROTOCOL}: "
                 "the two cannot be run side by side; choose a newer base"
             )
+        worker.pin()
         worker.environment = side.label
         self.hellos[side.which] = hello
 

@@ -212,11 +212,13 @@ class _Execution:
     def hire(self, threads: int, allocator: str = "kept", *, pinned: bool = False) -> Worker:
         """A live worker, and what it says about this machine."""
         log = self.folder.path / "worker.log"
-        worker = Worker(threads, self.suite.plugins, log, allocator=allocator, pinned=pinned)
+        worker = Worker(threads, self.suite.plugins, log, allocator=allocator)
         self.hired.add(worker)
         if self.stopping:
             worker.ask_to_stop()
         hello = worker.hello()
+        if pinned:
+            worker.pin()
         self.cuda = bool(hello["cuda"])
         facts = environment.stable({k: hello[k] for k in ("torch", "gpu", "threads")}, allocator=allocator)
         worker.environment = environment.name(facts)

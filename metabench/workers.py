@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from metabench import environment
 from metabench.errors import WorkerError
 
@@ -26,7 +28,6 @@ class Worker:
         log: Path,
         *,
         allocator: str = "kept",
-        pinned: bool = False,
         python: Path | str = sys.executable,
         folder: Path | None = None,
         more: Mapping[str, str] | None = None,
@@ -52,8 +53,6 @@ class Worker:
             encoding="utf-8",
             start_new_session=True,  # Ctrl-C reaches the parent alone, which then asks for a stop
         )
-        if pinned:
-            self._pin(threads)
 
     def hello(self) -> dict[str, Any]:
         """The worker's first message: torch, devices, threads."""
@@ -70,6 +69,17 @@ class Worker:
     def pid(self) -> int:
         """Its process id."""
         return self._process.pid
+
+    def pin(self) -> None:
+        """Keep it on the first cores that we may use: workers that are compared then share them.
+
+        For after its start, which may use them all: torch takes seconds to come up.
+        """
+        if hasattr(os, "sched_setaffinity"):
+            cores = sorted(os.sched_getaffinity(0))[: self.threads]
+            with contextlib.suppress(OSError, psutil.Error):  # it died already: its next message will not come
+                for thread in psutil.Process(self.pid).threads():
+                    os.sched_setaffinity(thread.id, cores)
 
     def ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Send one message, and return the answer of the same id; what it logs meanwhile is kept.
@@ -135,13 +145,6 @@ class Worker:
             with contextlib.suppress(OSError):
                 if stream:
                     stream.close()
-
-    def _pin(self, threads: int) -> None:
-        """Keep it on the first cores that we may use: workers that are compared then share them."""
-        if hasattr(os, "sched_setaffinity"):
-            cores = sorted(os.sched_getaffinity(0))[:threads]
-            with contextlib.suppress(OSError):  # it died already: its first message will not come
-                os.sched_setaffinity(self._process.pid, cores)
 
     def _death(self) -> str:
         code = self._process.wait()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from conftest import environ, until, write_learner, write_suite
 
@@ -16,6 +17,7 @@ from metabench.catalogue import catalogue
 from metabench.measure import Workshop, reason_of, run_job
 from metabench.scoring import Stopped
 from metabench.suite import load_suite
+from metabench.workers import Worker
 
 MEASURES = ("accuracy", "val_accuracy")
 
@@ -177,3 +179,18 @@ def test_the_protocol_as_a_process_and_the_end_of_an_orphan(worker, folder):
     assert process.wait(10) == 0
     assert os.path.exists(message["checkpoint"])  # noqa: PTH110
     assert "a stray print" in process.stderr.read()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity on this system")
+def test_a_pinned_worker_keeps_all_its_threads_on_as_many_cores(tmp_path):
+    worker = Worker(1, [], tmp_path / "log")
+    try:
+        worker.hello()
+        assert os.sched_getaffinity(worker.pid) == os.sched_getaffinity(0), "it may start on all"
+        worker.pin()
+        first = {min(os.sched_getaffinity(0))}
+        threads = psutil.Process(worker.pid).threads()
+        assert threads and all(os.sched_getaffinity(one.id) == first for one in threads)
+    finally:
+        worker.close()
+    worker.pin()  # of one that is gone: nothing to do
