@@ -133,6 +133,9 @@ def run(
     ] = True,
     extend: Annotated[Path | None, typer.Option(help="Go on with this run folder.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Trainings side by side, the cores shared; timings run alone.")] = 1,
+    keep_weights: Annotated[
+        bool, typer.Option("--keep-weights", help="Keep what every training learned, for `leaderboard rerun`.")
+    ] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print what would be measured, and stop.")] = False,
     data_root: DataRoot = None,
 ) -> None:
@@ -154,7 +157,7 @@ def run(
             known = Run.open(extend) if extend else Run.newest(out, suite.name) if resume else None
             _print_plan(suite, select, where, numbers, known)
             continue
-        code = max(code, _run(suite, out, select, where, numbers, resume, extend, jobs).exit_code)
+        code = max(code, _run(suite, out, select, where, numbers, resume, extend, jobs, keep_weights).exit_code)
     sys.exit(code)
 
 
@@ -167,6 +170,7 @@ def _run(
     resume: bool,
     extend: Path | None,
     jobs: int,
+    keep_weights: bool,
 ) -> Outcome:
     from metabench import runner
     from metabench.progress import Show
@@ -184,6 +188,7 @@ def _run(
                 resume=resume,
                 extend=extend,
                 jobs=jobs,
+                keep_weights=keep_weights,
             )
     except KeyboardInterrupt:  # before there was anything to stop
         raise Interrupted("interrupted; the same command goes on from here") from None
@@ -491,13 +496,17 @@ def leaderboard_build(
     check: Annotated[
         bool, typer.Option("--verify", help="Verify every run first: its rows are `recomputed`, not `claimed`.")
     ] = False,
+    reruns: Annotated[
+        list[Path] | None,
+        typer.Option(help="A folder that `rerun` wrote: rows it bears out are `re-run`; repeatable."),
+    ] = None,
     data_root: DataRoot = None,
 ) -> None:
     """Merge runs into a static page, CSV and Markdown (the default: `build` may be left out)."""
     from metabench.leaderboard import leaderboard
 
     _use_data_root(data_root)
-    built = leaderboard(runs, out, board=board, check=check)
+    built = leaderboard(runs, out, board=board, check=check, reruns=reruns or ())
     _print_text("".join(f"{line}\n" for line in (*built.lines, f"page: {built.page}")))
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
         with Path(summary).open("a", encoding="utf-8") as file:
@@ -534,11 +543,57 @@ def leaderboard_pack(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder to hand in.")],
     submitter: Annotated[str, typer.Option(help="Your name, as the board shows it.")],
     out: Annotated[Path, typer.Option(help="The folder for the bundle.")] = Path(),
+    weights: Annotated[
+        bool,
+        typer.Option("--weights", help="With the weights that `run --keep-weights` kept, and plug-in algorithms."),
+    ] = False,
 ) -> None:
     """Verify a run's figures and make the bundle to hand in: a zip of raw rows with hashes; same run, same bytes."""
     from metabench.leaderboard import pack
 
-    typer.echo(pack(run, out, submitter=submitter))
+    typer.echo(pack(run, out, submitter=submitter, weights=weights))
+
+
+@leaderboard_app.command("rerun")
+def leaderboard_rerun(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A bundle or a run folder that holds weights.")],
+    episodes: Annotated[int | None, typer.Option(help="Test episodes; default: as many as were claimed.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Only to repeat a past re-run: its episode seed. It gives no trust.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where re-runs go; `build --reruns` reads them there.")] = Path(
+        "results/reruns"
+    ),
+    device: Annotated[str, typer.Option(help="auto (as each row says), cpu or cuda.")] = "auto",
+    trust_code: Annotated[
+        bool,
+        typer.Option("--trust-code", help="Run plug-ins that the submission brings: a stranger's program. Read it."),
+    ] = False,
+    data_root: DataRoot = None,
+) -> None:
+    """Run a submission again on test episodes drawn only now, and record which of its rows hold.
+
+    Its weights are loaded, never trained; a claim that is significantly better than what comes out is refused. Exit
+    codes: 0 nothing was refused, 2 a claim did not hold or the submission does not add up, 3 a row could not be run.
+    """
+    from metabench.leaderboard.rerun import rerun
+    from metabench.progress import Show
+
+    _use_data_root(data_root)
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device {device}: choose auto, cpu or cuda")
+    with Show(_console(stderr=True)) as show:
+        found = rerun(
+            run,
+            out=out,
+            watch=show,
+            episodes=episodes,
+            seed=seed,
+            trust_code=trust_code,
+            device=None if device == "auto" else device,
+        )
+    _print_text("".join(f"{line}\n" for line in (*found.lines, f"recorded: {found.folder / 'rerun.json'}")))
+    sys.exit(found.exit_code)
 
 
 def _use_data_root(root: Path | None) -> None:
