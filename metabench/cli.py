@@ -574,7 +574,8 @@ def leaderboard_rerun(
     """Run a submission again on test episodes drawn only now, and record which of its rows hold.
 
     Its weights are loaded, never trained; a claim that is significantly better than what comes out is refused. Exit
-    codes: 0 nothing was refused, 2 a claim did not hold or the submission does not add up, 3 a row could not be run.
+    codes: 0 what could be run again holds, 2 a claim does not or the submission does not add up, 3 a row failed or
+    none could be run again.
     """
     from metabench.leaderboard.rerun import rerun
     from metabench.progress import Show

@@ -17,8 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from scipy import stats as distributions
+from scipy import special
 
 import metabench
 from metabench.catalogue import Catalogue, catalogue
@@ -51,9 +50,9 @@ class Rerun:
 
     @property
     def exit_code(self) -> int:
-        """0 nothing was refused, 2 a claim did not hold, 3 a row could not be run though it should have been."""
+        """0 what could be run again holds, 2 a claim does not, 3 a row failed or none could be run again."""
         outcomes = {row.outcome for row in self.record.rows}
-        return 2 if "refused" in outcomes else 3 if "failed" in outcomes else 0
+        return 2 if "refused" in outcomes else 3 if "failed" in outcomes or "agrees" not in outcomes else 0
 
     @property
     def lines(self) -> list[str]:
@@ -122,7 +121,7 @@ def rerun(
         known = _catalogue(submitted)
         stated = measured(submitted)
         scores = [one for one in collect([source]).scores if one.scores is not None]
-        claims = [_claim(one, stated[one.cell, one.measure], known, device) for one in scores]
+        claims = _apart([_claim(one, stated[one.cell, one.measure], known, device) for one in scores])
         able = [claim for claim in claims if claim.cell]
         if not able:
             raise NothingRan(f"{path}: no row can be run again: {_why(claims)}")
@@ -190,6 +189,17 @@ def _claim(score: Score, stated: Measurement, known: Catalogue, device: str | No
     if hashlib.sha256(file.read_bytes()).hexdigest() != name[1]:
         return replace(base, outcome="failed", reason=f"weights/{file.name} is damaged: its hash is not its name")
     return replace(found, weights=file)
+
+
+def _apart(claims: Sequence[_Claim]) -> list[_Claim]:
+    """The claims, but of rows that become one cell on one device, only those with the weights of the first."""
+    first: dict[str, Path | None] = {}
+    kept = []
+    for claim in claims:
+        if claim.cell and first.setdefault(claim.cell.id, claim.weights) != claim.weights:
+            claim = replace(claim, cell=None, reason="on this device it is the cell of another row, of other weights")
+        kept.append(claim)
+    return kept
 
 
 def _why(claims: Sequence[_Claim]) -> str:
@@ -266,6 +276,7 @@ def _entry(claim: _Claim, found: Score | None, verdict: Verdict | None, known: C
     if found is not None and verdict is None:
         outcome = "not re-run" if found.status == "skipped" else "failed"
         reason = f"{found.status}: {found.reason}"
+        reason += "; --device cpu runs it there" if claim.cell and claim.cell.device == "cuda" else ""
     elif verdict is not None:
         outcome = "refused" if verdict.p < ALPHA else "agrees"
     return RowEntry(
@@ -337,8 +348,8 @@ def _welch(claimed: Floats, again: Floats, higher: bool) -> tuple[float, float, 
     if error <= SAME or min(len(claimed), len(again)) < 2:  # every episode the same score: any excess is one
         return float(excess <= SAME), error, 1.0
     df = sum(parts) ** 2 / sum(part**2 / (len(x) - 1) for part, x in zip(parts, (claimed, again), strict=True))
-    return float(distributions.t.sf(excess / error, df)), error, df
+    return float(special.stdtr(df, -excess / error)), error, df
 
 
 def _visible(error: float, df: float, alpha: float) -> float:
-    return float(np.sum(distributions.t.ppf([1 - alpha, POWER], df)) * error) if error > SAME else 0.0
+    return float((special.stdtrit(df, POWER) - special.stdtrit(df, alpha)) * error) if error > SAME else 0.0
