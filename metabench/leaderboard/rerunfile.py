@@ -120,6 +120,7 @@ def apply(found: Collected, records: Sequence[tuple[Path, RerunEntry]]) -> Colle
 
     Raises StoreError for a row that a record refuses.
     """
+    spoken_of = {(row.cell, row.measure) for _, record in records for row in record.rows}
     agreed: dict[str, str] = {}
     refused: dict[str, tuple[Path, RowEntry]] = {}
     for file, record in records:
@@ -130,14 +131,15 @@ def apply(found: Collected, records: Sequence[tuple[Path, RerunEntry]]) -> Colle
                 agreed[row.bound] = f"{sentence(row)}, episode seed {record.episode_seed}"
     scores, wrong = [], []
     for score in found.scores:
-        digest = bound(score) if score.scores is not None else ""
+        told = score.scores is not None and (score.cell, score.measure) in spoken_of
+        digest = bound(score) if told else ""  # hashing every row of a large board would take its time
         if digest in refused:
             file, row = refused[digest]
             wrong.append(
                 f"{score.source.run.path}: {plain(row.cell)} {row.measure}: did not hold when it was run again: "
                 f"{sentence(row)} ({file}); withdraw it in the board file"
             )
-        scores.append(replace(score, rerun=agreed.get(digest, "")))
+        scores.append(replace(score, rerun=agreed[digest]) if digest in agreed else score)
     if wrong:
         raise StoreError("\n".join(wrong))
     return replace(found, scores=tuple(scores))
