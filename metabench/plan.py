@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import metabench
@@ -210,18 +211,20 @@ def coordinates(cell: Cell, suite: Suite) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Job:
-    """Rows of quality that share one training."""
+    """Rows of quality that share one training, or the weights file that stands for it."""
 
     rows: tuple[Row, ...]
+    weights: Path | None = None
 
     @property
     def title(self) -> str:
         """What is done, on what."""
         algorithm, data = self.rows[0].cell.id.split("/")[:2]
-        return f"{'training' if self.rows[0].cell.train else 'measuring'} {algorithm} on {data}"
+        verb = "loading" if self.weights else "training" if self.rows[0].cell.train else "measuring"
+        return f"{verb} {algorithm} on {data}"
 
-    def message(self, number: int, suite: Suite, folder: Path) -> dict[str, Any]:
-        """The job as the plain data a worker understands (see measure.py)."""
+    def message(self, number: int, suite: Suite, folder: Path, *, keep_weights: bool = False) -> dict[str, Any]:
+        """The job as the plain data a worker understands (see measure.py and weights.py)."""
         cell = self.rows[0].cell
         measures: dict[str, list[str]] = {}
         for row in self.rows:
@@ -229,6 +232,7 @@ class Job:
         shapes = {row.cell.id: row.cell for row in self.rows}
         version = importlib.metadata.version("torch")
         what = [cell.training_id, self.rows[0].sources, suite.evaluation.selection, suite.evaluation.seed, version]
+        what += [self.weights.name] if self.weights else []
         name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
         return {
             "kind": "job",
@@ -246,6 +250,8 @@ class Job:
             ],
             "checkpoint": str(folder / "checkpoints" / f"{name}.pt"),
             "predictions": str(folder / "predictions"),
+            "keep": str(folder / "weights") if keep_weights else None,
+            "weights": str(self.weights) if self.weights else None,
         }
 
 
@@ -278,10 +284,10 @@ def cost_message(row: Row) -> dict[str, Any]:
     }
 
 
-def jobs_of(rows: Iterable[Row]) -> list[Job]:
-    """The trainings in the suite's order, each with all its rows of quality."""
-    groups: dict[str, list[Row]] = {}
+def jobs_of(rows: Iterable[Row], weights: Mapping[str, Path] = MappingProxyType({})) -> list[Job]:
+    """The trainings in the suite's order, each with all its rows of quality; `weights` are files by cell id."""
+    groups: dict[tuple[str, Path | None], list[Row]] = {}
     for row in rows:
         if row.measure not in COSTS:
-            groups.setdefault(row.cell.training_id, []).append(row)
-    return [Job(tuple(members)) for members in groups.values()]
+            groups.setdefault((row.cell.training_id, weights.get(row.cell.id)), []).append(row)
+    return [Job(tuple(members), file) for (_, file), members in groups.items()]

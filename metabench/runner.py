@@ -8,6 +8,7 @@ is missing, trainings going on from their checkpoints.
 from __future__ import annotations
 
 import collections
+import shutil
 import statistics
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from metabench import environment
@@ -71,10 +73,14 @@ def run(
     resume: bool = True,
     extend: Path | None = None,
     jobs: int = 1,
+    keep_weights: bool = False,
+    weights: Mapping[str, Path] = MappingProxyType({}),
 ) -> Outcome:
     """Run what is pending of the suite, in the newest run of it under `out` (or `extend`, or a new one).
 
-    `jobs` trainings run side by side, with the cores shared among them; timings always run alone.
+    `jobs` trainings run side by side, with the cores shared among them; timings always run alone. With `keep_weights`
+    the run's folder keeps every training's weights, and the plug-in algorithms that made them. `weights` are files by
+    cell id, which are loaded in the place of a training.
 
     Raises:
         StoreError: the output folder cannot be written, or is being written by another process.
@@ -97,9 +103,13 @@ def run(
         folder.manifest = {**folder.manifest, **manifest}
         folder.save_manifest()
         left = [row for row in chosen if not is_done(row, done)]
+        if keep_weights:
+            _keep_plugins(asked, folder)
+            _tell_weightless(chosen, done, watch)
         watch.begin(folder, len(chosen), len(chosen) - len(left))
         if left:
-            _Execution(asked, folder, watch, insist=device, jobs=jobs).execute(left)
+            work = _Execution(asked, folder, watch, insist=device, jobs=jobs, keep=keep_weights, weights=weights)
+            work.execute(left)
     finished = folder.measurements()
     bad = [finished[row.key] for row in chosen if finished[row.key].status not in FINAL]
     return Outcome(folder, len(chosen), tuple(bad))
@@ -145,11 +155,41 @@ def _tell_dropped(old: Mapping[str, Any], new: Mapping[str, Any], watch: Watch) 
         watch.note(f"{len(dropped)} earlier rows leave the tables: they are not in this plan, or their code changed")
 
 
+def _keep_plugins(suite: Suite, folder: Run) -> None:
+    """Copy the algorithms that came as files of their own: without them nobody can run the weights again."""
+    plugins = {suite.catalogue.algorithm(cell.algorithm) for cell in suite.points}
+    for plugin in sorted((one for one in plugins if one.module is None), key=lambda one: one.name):
+        target = folder.path / "plugins" / plugin.file.name
+        same = [one.name for one in plugins if one.module is None and one.file.name == plugin.file.name]
+        if len(same) > 1:
+            raise ConfigError(f"--keep-weights: the plug-ins {' and '.join(sorted(same))} are both {target.name}")
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(plugin.file, target)
+
+
+def _tell_weightless(rows: Iterable[Row], done: Mapping[Key, Measurement], watch: Watch) -> None:
+    old = [done[row.key] for row in rows if row.cell.train and is_done(row, done) and not row.kernel]
+    old = [one for one in old if one.status == "ok" and not one.facts.get("weights")]
+    if old:
+        watch.note(f"{len(old)} finished rows keep no weights: add --no-resume to measure them anew, with weights")
+
+
 class _Execution:
     """One run's work: `jobs` workers side by side train and score; then one worker alone takes the times."""
 
-    def __init__(self, suite: Suite, folder: Run, watch: Watch, *, insist: str | None, jobs: int) -> None:
+    def __init__(
+        self,
+        suite: Suite,
+        folder: Run,
+        watch: Watch,
+        *,
+        insist: str | None,
+        jobs: int,
+        keep: bool,
+        weights: Mapping[str, Path],
+    ) -> None:
         self.suite, self.folder, self.watch, self.insist, self.lanes = suite, folder, watch, insist, jobs
+        self.keep_weights, self.weights = keep, weights
         self.hired: set[Worker] = set()
         self.stopping = False
         self.cuda = False
@@ -169,7 +209,7 @@ class _Execution:
             if self.insist == "cuda" and not self.cuda:
                 raise ConfigError("--device cuda: this machine has no CUDA device that torch can use; drop --device")
             rows = [row for row in rows if not self._skip(row, first)]
-            jobs, priced = jobs_of(rows), [row for row in rows if row.kernel]
+            jobs, priced = jobs_of(rows, self.weights), [row for row in rows if row.kernel]
             costs = Costs(self.suite, self.folder, self)
             self.total = len(jobs) + costs.jobs(priced)
             self._spread(jobs, self.lanes, threads, first)
@@ -271,7 +311,7 @@ class _Execution:
     def _do(self, job: Job, number: int, worker: Worker | None, threads: int) -> Worker | None:
         """Do one job; returns the worker for the next one, or None if it died."""
         left = {row.key: row for row in job.rows}
-        message = job.message(number, self.suite, self.folder.path)
+        message = job.message(number, self.suite, self.folder.path, keep_weights=self.keep_weights)
         place = worker.environment if worker else ""
         final = True
         try:

@@ -61,9 +61,10 @@ def main() -> None:
     line = Line()
     import torch
 
+    from metabench import weights
     from metabench.bench import Bench
     from metabench.catalogue import catalogue
-    from metabench.measure import Workshop, run_job
+    from metabench.measure import Workshop
     from metabench.scoring import Stopped
 
     threads = int(os.environ["OMP_NUM_THREADS"])
@@ -83,7 +84,7 @@ def main() -> None:
             line.emit("answer", id=asked["id"], **bench.answer(asked))
             continue
         try:
-            run_job(asked, shop)
+            weights.do(asked, shop)
         except Stopped:
             break
         line.emit("done", job=asked["id"])

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from metabench.cli.terminal import DataRoot, print_text, use_data_root
+from metabench.cli.terminal import DataRoot, Device, console, device_of, print_text, use_data_root
 
+RERUNS = Path("results/reruns")
 SUMMARY_BYTES = 1_000_000  # of GITHUB_STEP_SUMMARY, which takes 1 MiB or nothing
 RunsOrBundles = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or bundles made by `pack`.")]
 
@@ -45,13 +46,17 @@ def build(
     check: Annotated[
         bool, typer.Option("--verify", help="Verify every run first: its rows are `recomputed`, not `claimed`.")
     ] = False,
+    reruns: Annotated[
+        list[Path] | None,
+        typer.Option(help="A folder that `rerun` wrote: rows it bears out are `re-run`; repeatable."),
+    ] = None,
     data_root: DataRoot = None,
 ) -> None:
     """Merge runs into a static page, CSV and Markdown (the default: `build` may be left out)."""
     from metabench.leaderboard import leaderboard
 
     use_data_root(data_root)
-    built = leaderboard(runs, out, board=board, check=check)
+    built = leaderboard(runs, out, board=board, check=check, reruns=reruns or ())
     print_text("".join(f"{line}\n" for line in (*built.lines, f"page: {built.page}")))
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
         with Path(summary).open("a", encoding="utf-8") as file:
@@ -88,8 +93,44 @@ def pack(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder to hand in.")],
     submitter: Annotated[str, typer.Option(help="Your name, as the board shows it.")],
     out: Annotated[Path, typer.Option(help="The folder for the bundle.")] = Path(),
+    weights: Annotated[
+        bool,
+        typer.Option("--weights", help="With the weights that `run --keep-weights` kept, and plug-in algorithms."),
+    ] = False,
 ) -> None:
     """Verify a run's figures and make the bundle to hand in: a zip of raw rows with hashes; same run, same bytes."""
     from metabench.leaderboard import pack
 
-    typer.echo(pack(run, out, submitter=submitter))
+    typer.echo(pack(run, out, submitter=submitter, weights=weights))
+
+
+@app.command()
+def rerun(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A bundle or a run folder that holds weights.")],
+    episodes: Annotated[int | None, typer.Option(help="Test episodes; default: as many as were claimed.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Only to repeat a past re-run: its episode seed. It gives no trust.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where re-runs go; `build --reruns` reads them there.")] = RERUNS,
+    device: Device = "auto",
+    trust_code: Annotated[
+        bool,
+        typer.Option("--trust-code", help="Run plug-ins that the submission brings: a stranger's program. Read it."),
+    ] = False,
+    data_root: DataRoot = None,
+) -> None:
+    """Run a submission again on test episodes drawn only now, and record which of its rows hold.
+
+    Its weights are loaded, never trained; a claim that is significantly better than what comes out is refused. Exit
+    codes: 0 what could be run again holds, 2 a claim does not or the submission does not add up, 3 a row failed or
+    none could be run again.
+    """
+    from metabench.leaderboard.rerun import rerun
+    from metabench.progress import Show
+
+    use_data_root(data_root)
+    where = device_of(device)
+    with Show(console(stderr=True)) as show:
+        found = rerun(run, out=out, watch=show, episodes=episodes, seed=seed, trust_code=trust_code, device=where)
+    print_text("".join(f"{line}\n" for line in (*found.lines, f"recorded: {found.folder / 'rerun.json'}")))
+    sys.exit(found.exit_code)

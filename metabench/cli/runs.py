@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from metabench.cli.terminal import DataRoot, Select, console, print_text, use_data_root, width
+from metabench.cli.terminal import DataRoot, Device, Select, console, device_of, print_text, use_data_root, width
 from metabench.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def run(
         list[str] | None, typer.Argument(metavar="SUITE...", help="Shipped suites or YAML files; default quickstart.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Where run folders go.")] = DEFAULT_OUT,
-    device: Annotated[str, typer.Option(help="auto (as the suite says), cpu or cuda.")] = "auto",
+    device: Device = "auto",
     select: Select = "",
     seeds: Annotated[str | None, typer.Option(help="Seeds in the place of the suite's, e.g. 0,1,2.")] = None,
     resume: Annotated[
@@ -35,6 +35,9 @@ def run(
     ] = True,
     extend: Annotated[Path | None, typer.Option(help="Go on with this run folder.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Trainings side by side, the cores shared; timings run alone.")] = 1,
+    keep_weights: Annotated[
+        bool, typer.Option("--keep-weights", help="Keep what every training learned, for `leaderboard rerun`.")
+    ] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print what would be measured, and stop.")] = False,
     data_root: DataRoot = None,
 ) -> None:
@@ -43,11 +46,9 @@ def run(
     from metabench.suite import load_suite
 
     use_data_root(data_root)
-    if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"--device {device}: choose auto, cpu or cuda")
     chosen = [load_suite(name) for name in suites or ["quickstart"]]
     numbers = _seeds(seeds)
-    where = None if device == "auto" else device
+    where = device_of(device)
     if extend and (len(chosen) > 1 or not resume):
         raise ConfigError("--extend goes on with one run: name one suite, and drop --no-resume")
     code = 0
@@ -56,7 +57,7 @@ def run(
             known = Run.open(extend) if extend else Run.newest(out, suite.name) if resume else None
             _print_plan(suite, select, where, numbers, known)
             continue
-        code = max(code, _run(suite, out, select, where, numbers, resume, extend, jobs).exit_code)
+        code = max(code, _run(suite, out, select, where, numbers, resume, extend, jobs, keep_weights).exit_code)
     sys.exit(code)
 
 
@@ -69,6 +70,7 @@ def _run(
     resume: bool,
     extend: Path | None,
     jobs: int,
+    keep_weights: bool,
 ) -> Outcome:
     from metabench import runner
     from metabench.progress import Show
@@ -86,6 +88,7 @@ def _run(
                 resume=resume,
                 extend=extend,
                 jobs=jobs,
+                keep_weights=keep_weights,
             )
     except KeyboardInterrupt:  # before there was anything to stop
         raise Interrupted("interrupted; the same command goes on from here") from None

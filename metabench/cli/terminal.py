@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from metabench.errors import ConfigError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -16,6 +18,7 @@ DataRoot = Annotated[
     Path | None,
     typer.Option(help="Folder with data sets, e.g. DIR/omniglot/images_background.zip.", envvar="METABENCH_DATA"),
 ]
+Device = Annotated[str, typer.Option(help="auto (as declared), cpu or cuda.")]
 Select = Annotated[str, typer.Option("-k", "--select", help="Only rows whose 'cell/measure' holds all of these words.")]
 
 
@@ -42,6 +45,13 @@ def print_text(text: str) -> None:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has enough (`| head`): that is no failure
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def device_of(asked: str) -> str | None:
+    """The device of --device, None for auto. Raises ConfigError for another word."""
+    if asked not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device {asked}: choose auto, cpu or cuda")
+    return None if asked == "auto" else asked
 
 
 def use_data_root(root: Path | None) -> None:

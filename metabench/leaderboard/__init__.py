@@ -1,26 +1,26 @@
 """Leaderboards: runs of many machines and people merged into pages that claim no more than the numbers support.
 
-`leaderboard` makes the site, `verify` recomputes what a run states, `pack` makes the file that is handed in. Nothing
-here runs anything but a process that makes test episodes anew; torch is never imported.
+`leaderboard` makes the site, `verify` recomputes what a run states, `pack` makes the file that is handed in. They run
+nothing but a process that makes test episodes anew; `rerun` (a module of its own) starts workers, as a run does. Torch
+is never imported here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from metabench.errors import ConfigError, NothingRan, StoreError
-from metabench.leaderboard import bundle, files, site
+from metabench.leaderboard import bundle, files, rerunfile, site
 from metabench.leaderboard.audit import Audit, Problem, audit, results_of
 from metabench.leaderboard.boardfile import BoardEntry, read_board
 from metabench.leaderboard.boards import Board, boards
 from metabench.leaderboard.collect import Source, collect, regular, source_of
 from metabench.leaderboard.summary import Summary, summaries
 from metabench.report.model import RESULT_COLUMNS
-from metabench.store import Run
 
 __all__ = ["Audit", "Board", "Built", "Summary", "leaderboard", "pack", "verify"]
 
@@ -41,20 +41,28 @@ class Built:
         return [f"{board.title}: {' '.join(files.sentences(board)[:1])}" for board in self.boards]
 
 
-def leaderboard(runs: Sequence[Path], out: Path, *, board: Path | None = None, check: bool = False) -> Built:
+def leaderboard(
+    runs: Sequence[Path], out: Path, *, board: Path | None = None, check: bool = False, reruns: Sequence[Path] = ()
+) -> Built:
     """Merge runs (folders or bundles) into a site in `out`: index.html, leaderboard.csv and .md, badge.svg, runs/.
 
     `board` is a board file. With `check` every run is verified first: its rows are `recomputed`, not `claimed`, where
-    the data set is here to make the test episodes anew.
+    the data set is here to make the test episodes anew. `reruns` are folders that `rerun` wrote: the rows that they
+    bear out are `re-run`.
 
     Raises:
-        StoreError: a run is damaged, states what its raw scores do not give, is handed in twice, or does not verify.
+        StoreError: a run is damaged, states what its raw scores do not give, is handed in twice, does not verify, or
+            did not hold when it was run again.
         ConfigError: the board file is wrong.
         NothingRan: no run has a row of quality on a protocol of the board.
     """
     entry = read_board(board) if board else BoardEntry()
+    records = [record for folder in reruns for record in rerunfile.read(folder)]
     with contextlib.ExitStack() as stack:
-        sources = [source_of(stack.enter_context(_reading(path))) for path in runs]
+        sources = [source_of(stack.enter_context(bundle.reading(path))) for path in runs]
+        for one in sources:
+            if (one.run.path / rerunfile.NAME).exists():
+                raise StoreError(f"{one.run.path}: a re-run is no submission: name its folder with --reruns")
         unknown = [w.run for w in entry.withdrawals if w.run not in {source.run.name for source in sources}]
         if unknown:
             raise ConfigError(f"{board}: withdrawals: no run is called {unknown[0]!r}; name the run's folder")
@@ -62,6 +70,7 @@ def leaderboard(runs: Sequence[Path], out: Path, *, board: Path | None = None, c
         if check:
             kept = [_verified(one) for one in kept]
         found = collect(kept, lambda one, name: any(w.takes(one, name) for w in entry.withdrawals))
+        found = rerunfile.apply(found, records)
         made = [one for one in boards(found, min_seeds=entry.min_seeds) if entry.shows(one.protocol)]
         made = [replace(one, number=number) for number, one in enumerate(made, 1)]
         if not any(one.quality for each in made for one in each.standings):
@@ -98,7 +107,7 @@ def verify(runs: Sequence[Path], *, episodes: bool = True) -> list[Audit]:
     audits: list[Audit] = []
     seen: dict[tuple[object, ...], Path] = {}
     for path in runs:
-        with _reading(path) as run:
+        with bundle.reading(path) as run:
             found = audit(run, episodes=episodes)
             others = {seen.setdefault(key, path) for key in results_of(run)} - {path}
         twice = [Problem(str(path), f"holds results of {other} again: a result counts once") for other in others]
@@ -106,24 +115,16 @@ def verify(runs: Sequence[Path], *, episodes: bool = True) -> list[Audit]:
     return audits
 
 
-def pack(run: Path, out: Path, *, submitter: str) -> Path:
+def pack(run: Path, out: Path, *, submitter: str, weights: bool = False) -> Path:
     """Verify a run's figures and write its bundle into the folder `out`; the board makes the episodes anew.
 
-    Raises StoreError where it does not add up.
+    With `weights` it carries what was trained, and plug-in algorithms, so that the board can run it again.
+
+    Raises StoreError where it does not add up, or where `weights` finds none.
     """
-    with _reading(run) as opened:
+    with bundle.reading(run) as opened:
         _verified(source_of(opened), episodes=False)
-        return bundle.pack(opened, out, submitter)
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[Run]:
-    """A run or a bundle; JSON that is nested to break us is damage like any other."""
-    try:
-        with bundle.opened(path) as run:
-            yield run
-    except RecursionError as error:
-        raise StoreError(f"{path}: damaged: nested too deeply") from error
+        return bundle.pack(opened, out, submitter, weights=weights)
 
 
 def _verified(source: Source, *, episodes: bool = True) -> Source:

@@ -343,7 +343,7 @@ def _seeds(group: Sequence[Score]) -> tuple[list[Score], int]:
 def _trust(scores: Sequence[Score]) -> Trust:
     """Of pooled rows the least."""
     order: tuple[Trust, ...] = ("claimed", "recomputed", "re-run")
-    return min((score.source.trust for score in scores), key=order.index)
+    return min((score.trust for score in scores), key=order.index)
 
 
 def _by_class(good: Sequence[Score]) -> Interval | None:
@@ -545,6 +545,7 @@ def _card(one: Standing, first: Score, group: Sequence[Score], found: Collected)
     entries: list[tuple[str, object]] = [
         ("submitted by", one.submitter or "this board's maintainers"),
         ("trust", one.trust),
+        *(("re-run", f"seed {score.coordinates['seed']}: {score.rerun}") for score in group if score.rerun),
         ("runs", ", ".join(one.runs)),
         ("training seeds", ", ".join(map(str, one.seeds))),
         ("parameters", known["params"] if known["params"] not in ("", "{}") else "none"),

@@ -22,21 +22,23 @@ SCHEMA = 1  # of submission.json
 FILES = ("manifest.json", "environment.json", "measurements.jsonl", "samples.jsonl", "results.csv")
 MEMBER = re.compile(
     r"(?P<run>[A-Za-z0-9][A-Za-z0-9._-]*)/"
-    rf"(?P<name>{'|'.join(map(re.escape, (*FILES, SUBMISSION)))}|predictions/[0-9a-f]{{16}}\.npz)"
+    rf"(?P<name>{'|'.join(map(re.escape, (*FILES, SUBMISSION)))}|predictions/[0-9a-f]{{16}}\.npz|"
+    r"weights/[0-9a-f]{64}\.safetensors|plugins/[A-Za-z0-9_][A-Za-z0-9_.+-]*\.py)"
 )
 MAX_BYTES, MAX_MEMBERS = 4 * 2**30, 100_000
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the same bytes whenever a run is packed
 
 
-def pack(run: Run, out: Path, submitter: str) -> Path:
+def pack(run: Run, out: Path, submitter: str, *, weights: bool = False) -> Path:
     """Write `<out>/<run>.zip`: the run's files and a submission.json with their hashes. The same run, the same bytes.
 
-    Derived tables, logs and checkpoints stay behind. Raises StoreError for files that are links or cannot be read,
-    ConfigError without a submitter.
+    Derived tables, logs and checkpoints stay behind; weights and plug-in algorithms come with it where `weights` says
+    so. Raises StoreError for files that are links or cannot be read, or weights that were not kept; ConfigError without
+    a submitter.
     """
     if not submitter.strip() or plain(submitter.strip(), 80) != submitter.strip():
         raise ConfigError("--submitter: give a name of 1 to 80 printable characters, e.g. --submitter 'Ada Lovelace'")
-    files = {name: file.read_bytes() for name, file in _files(run).items()}
+    files = {name: file.read_bytes() for name, file in _files(run, weights).items()}
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
     record = {"schema_version": SCHEMA, "submitter": submitter.strip(), "run": run.name, "files": hashes}
     files[SUBMISSION] = (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
@@ -51,16 +53,33 @@ def pack(run: Run, out: Path, submitter: str) -> Path:
     return target
 
 
-def _files(run: Run) -> dict[str, Path]:
-    """What belongs to a submission: raw rows, and the predictions that they name."""
+def _files(run: Run, weights: bool) -> dict[str, Path]:
+    """What belongs to a submission: raw rows, and the predictions (and weights) that they name."""
     found = {name: file for name in FILES if (file := regular(run, name))}
     for measurement in run.current().values():
         name = measurement.facts.get("predictions")
         if name and (file := regular(run, f"predictions/{Path(str(name)).name}")):
             found[f"predictions/{file.name}"] = file
+    found |= _learned(run) if weights else {}
     if strange := [name for name in found if not MEMBER.fullmatch(f"{run.name}/{name}")]:
         raise StoreError(f"{run.path}: {plain(strange[0])} is no name that a run writes; it cannot be packed")
     return found
+
+
+def _learned(run: Run) -> dict[str, Path]:
+    """The weights that rows name, and the plug-in algorithms beside them."""
+    trained = [one for one in run.current().values() if one.status == "ok" and "train=" in one.cell.partition("/")[0]]
+    names = {Path(str(one.facts["weights"])).name for one in trained if one.facts.get("weights")}
+    files = {f"weights/{name}": regular(run, f"weights/{name}") for name in sorted(names)}
+    if lost := [name for name, file in files.items() if file is None]:
+        raise StoreError(f"{run.path / plain(lost[0])}: a row names these weights, and they are not there")
+    if trained and not names:
+        raise StoreError(
+            f"{run.path}: holds no weights, for none were kept: measure it anew with metabench run --keep-weights "
+            "--no-resume, or pack it without --weights"
+        )
+    plugins = [f"plugins/{file.name}" for file in sorted((run.path / "plugins").glob("*.py"))]
+    return {name: file for name, file in (*files.items(), *((p, regular(run, p)) for p in plugins)) if file}
 
 
 def write(file: Path, data: bytes) -> None:
@@ -86,6 +105,16 @@ def opened(path: Path) -> Iterator[Run]:
         return
     with tempfile.TemporaryDirectory(prefix="metabench-") as folder:
         yield Run.open(_unpack(path, Path(folder)))
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[Run]:
+    """As `opened`; JSON that is nested to break us is damage like any other."""
+    try:
+        with opened(path) as run:
+            yield run
+    except RecursionError as error:
+        raise StoreError(f"{path}: damaged: nested too deeply") from error
 
 
 def _unpack(path: Path, folder: Path) -> Path:

@@ -54,7 +54,8 @@ class Score:
 
     `scores` (E,) is None where there is none; `credit` maps a class to its (queries, credit), where the predictions
     were handed in. `coordinates` are those of `cells.coordinates_of` with params, selection and backbone; `code` is
-    what tells two versions of an algorithm's sources apart.
+    what tells two versions of an algorithm's sources apart, `weights` names the file of what was trained. `rerun` says
+    what a re-run of ours found that bears the score out, or nothing.
     """
 
     source: Source
@@ -71,6 +72,13 @@ class Score:
     environment: str = ""
     scores: Floats | None = None
     credit: Mapping[int, tuple[int, float]] = field(default_factory=dict)
+    weights: str = ""
+    rerun: str = ""
+
+    @property
+    def trust(self) -> Trust:
+        """How far this row is trusted."""
+        return "re-run" if self.rerun else self.source.trust
 
 
 @dataclass(frozen=True, eq=False)
@@ -316,6 +324,7 @@ def _score(source: Source, row: Mapping[str, Any], found: Measurement | None) ->
         base,
         episodes_hash=digest,
         pixels=plain(found.facts.get("pixels") or ""),
+        weights=plain(found.facts.get("weights") or ""),
         scores=scores,
         credit=class_credit(run, found),
     )
