@@ -8,7 +8,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from xml.sax.saxutils import escape as escape_xml
 
-from metabench.leaderboard.boards import Board, Standing
+from metabench.leaderboard.boards import Board
+from metabench.leaderboard.standings import Standing
 from metabench.leaderboard.summary import Entry, Summary
 from metabench.report import wording
 from metabench.report.markdown import escape

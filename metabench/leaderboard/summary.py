@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from scipy import stats as distributions
 
-from metabench.leaderboard.boards import Board, Standing
+from metabench.leaderboard.boards import Board
+from metabench.leaderboard.standings import Standing
 from metabench.stats import Floats, Interval, holm, iqm_interval
 
 MIN_SOURCES, MIN_SEEDS = 4, 3  # of an aggregate: the interquartile mean of fewer scores is noise
