@@ -6,9 +6,7 @@ lie beside it). Everything is checked here: a row that leaves this module has fi
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import functools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -113,15 +111,8 @@ class Home:
         if self.run is None or row.measurement is None:
             return self.kept.get(row.key)
         where = f"{self.path / 'samples.jsonl'}: {row.cell} {row.measure}"
-        line = self.run.samples_line(row.measurement)
-        scores, key, episodes = line.partition(b', "episodes": ')
-        if key and episodes.endswith(b"]}\n"):  # the same in many rows, and half of the text: read once
-            with contextlib.suppress(ValueError):
-                return _checked(where, _episode_list(episodes[:-2]), json.loads(scores + b"}").get("scores", ()))
-        found = self.run.samples(row.measurement)
-        if "scores" not in found or "episodes" not in found:
-            return None
-        return _checked(where, tuple(found["episodes"]), found["scores"])
+        found = self.run.scored(row.measurement)
+        return None if found is None else _checked(where, found[1], found[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,11 +259,6 @@ def _records(path: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str,
                 yield reader.line_num, dict(zip(head, line, strict=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise StoreError(f"{path}: cannot be read as CSV ({error})") from error
-
-
-@functools.lru_cache(maxsize=256)
-def _episode_list(text: bytes) -> tuple[str, ...]:
-    return tuple(json.loads(text))
 
 
 def _episodes(path: Path) -> dict[Key, Scores]:

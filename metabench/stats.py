@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from scipy import special
-from scipy import stats as distributions
 
 Floats = npt.NDArray[np.float64]
 Scores = npt.ArrayLike
@@ -178,7 +177,7 @@ def median_interval(process_medians: Scores, *, level: float = 0.95) -> Interval
     if len(x) == 1:
         return Interval(value, None, None, 1, None)
     se = _sd(np.log(x)) * (np.pi / 2 / len(x)) ** 0.5
-    spread = float(np.exp(float(distributions.t.ppf((1 + level) / 2, len(x) - 1)) * se))
+    spread = float(np.exp(float(special.stdtrit(len(x) - 1, (1 + level) / 2)) * se))
     return Interval(value, value / spread, value * spread, len(x), _sd(x))
 
 
@@ -240,7 +239,7 @@ def smallest_visible_difference(difference: Interval, *, power: float = 0.8) -> 
     """
     if difference.half is None or difference.se is None or difference.df is None:
         return None
-    return difference.half + float(distributions.t.ppf(power, difference.df)) * difference.se
+    return difference.half + float(special.stdtrit(difference.df, power)) * difference.se
 
 
 def half_width(sources: Sequence[Source], *, tail: float) -> float:
@@ -287,6 +286,8 @@ def proportion_interval(hits: int, trials: int, *, level: float = 0.95) -> tuple
     Raises:
         ValueError: no trials, or hits outside 0..trials.
     """
+    from scipy import stats as distributions  # a second to import, and wanted here and by `iqm_interval` alone
+
     if not 0 <= hits <= trials or trials < 1:
         raise ValueError(f"{hits} hits in {trials} trials")
     interval = distributions.binomtest(hits, trials).proportion_ci(level, method="exact")
@@ -301,6 +302,8 @@ def iqm_interval(scores: Sequence[Scores], *, level: float = 0.95, draws: int = 
     speaks of other trainings on these data sets, not of other data sets. `n` counts the scores. Raises ValueError where
     a data set has no score.
     """
+    from scipy import stats as distributions
+
     strata = [_finite(one, ndim=1) for one in scores]
     pooled = np.concatenate(strata)
     generator = np.random.Generator(np.random.Philox(seed))
@@ -341,7 +344,7 @@ def _tau_bounds(
     if not all(np.isfinite(h).all() for h in halves):
         return None, None
     generator = np.random.Generator(np.random.Philox(seed))
-    z = float(distributions.norm.ppf((1 + level) / 2))
+    z = float(special.ndtri((1 + level) / 2))
     drawn = [m + h / z * generator.standard_normal((draws, len(m))) for m, h in zip(means, halves, strict=True)]
     low, high = np.quantile(_tau_b(*drawn), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
@@ -366,7 +369,7 @@ def _decided(means: Floats, halves: Floats) -> npt.NDArray[np.int8]:
 @functools.lru_cache(maxsize=1024)
 def _t(probability: float, df: float) -> float:
     """Student's quantile, kept: a leaderboard asks for the same few ten thousand times."""
-    return float(distributions.t.ppf(probability, df))
+    return float(special.stdtrit(df, probability))
 
 
 def _student(value: float, se: float, df: float, n: int, sd: float, level: float) -> Interval:

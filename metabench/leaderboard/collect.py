@@ -6,6 +6,7 @@ figure is made anew from its raw scores and must agree with what is stated; text
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -332,24 +333,31 @@ def check_scores(run: Run, found: Measurement) -> tuple[Floats, str]:
     value, interval, sd) are not those of the scores.
     """
     where = _place(run, found)
-    samples = run.samples(found)
-    raw, ids = samples.get("scores"), samples.get("episodes")
-    if not isinstance(raw, list) or not isinstance(ids, list) or not raw:
+    raw = run.scored(found)
+    if raw is None or not raw[0]:
         raise StoreError(f"{where}: no raw scores: every figure must follow from its episodes")
-    if len(raw) != len(ids):
-        raise StoreError(f"{where}: {len(raw)} scores for {len(ids)} episodes in samples.jsonl")
+    if len(raw[0]) != len(raw[1]):
+        raise StoreError(f"{where}: {len(raw[0])} scores for {len(raw[1])} episodes in samples.jsonl")
     try:
-        names = "".join(ids).encode("utf-8", "backslashreplace")
-        scores = np.array(raw, dtype=np.float64)
+        scores = np.array(raw[0], dtype=np.float64)
     except (TypeError, ValueError):
-        raise StoreError(f"{where}: a raw score is no number, or an episode's hash no text") from None
-    if len(set(ids)) != len(ids):
-        raise StoreError(f"{where}: an episode stands twice among the {len(ids)}")
+        raise StoreError(f"{where}: a raw score is no number") from None
+    digest = _digest(raw[1])
+    if digest is None:
+        raise StoreError(f"{where}: an episode stands twice among the {len(raw[1])}")
     bound = 1.0 if "accuracy" in found.measure else math.inf
     if scores.ndim != 1 or not np.isfinite(scores).all() or scores.min() < 0 or scores.max() > bound:
         raise StoreError(f"{where}: a raw score is not finite or out of range")
     _agree(where, found, scores)
-    return scores, hashlib.sha256(names).hexdigest()[:12]
+    return scores, digest
+
+
+@functools.lru_cache(maxsize=256)
+def _digest(episodes: tuple[str, ...]) -> str | None:
+    """The hash of a list of episodes, which many rows share; None where one stands twice."""
+    if len(set(episodes)) != len(episodes):
+        return None
+    return hashlib.sha256("".join(episodes).encode("utf-8", "backslashreplace")).hexdigest()[:12]
 
 
 def _agree(where: str, found: Measurement, scores: Floats) -> None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats as distributions
 
 from metabench.leaderboard.boards import Board
 from metabench.leaderboard.standings import Standing
@@ -174,5 +173,7 @@ def _stars(scores: Mapping[Any, Sequence[float]], sources: int) -> tuple[set[Any
 
 
 def _signed_rank(a: Sequence[float], b: Sequence[float]) -> float:
+    from scipy import stats as distributions  # a second to import, and seldom wanted
+
     gaps = np.subtract(a, b)
     return 1.0 if not gaps.any() else float(distributions.wilcoxon(gaps).pvalue)
