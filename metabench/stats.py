@@ -8,6 +8,7 @@ exact.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -88,7 +89,7 @@ def mean_interval(values: Scores, *, level: float = 0.95) -> Interval:
     n, mean = len(x), float(x.mean())
     if n == 1:
         return Interval(mean, None, None, 1, None)
-    sd = _sd(x)
+    sd = _sd(x, mean)
     return _student(mean, sd / n**0.5, n - 1, n, sd, level)
 
 
@@ -268,7 +269,7 @@ def tail_probability(distance: float, sources: Sequence[Source]) -> float:
     return float(np.exp((low + high) / 2))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: Scores) -> list[float]:
     """Holm's adjusted p-values of a family, in the same order: below alpha, its test holds at that family-wise rate.
 
     Holm 1979, "A simple sequentially rejective multiple test procedure".
@@ -277,7 +278,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     order = np.argsort(p, kind="stable")
     adjusted = np.empty(len(p))
     adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1.0)
-    return [float(one) for one in adjusted]
+    found: list[float] = adjusted.tolist()
+    return found
 
 
 def proportion_interval(hits: int, trials: int, *, level: float = 0.95) -> tuple[float, float]:
@@ -390,9 +392,10 @@ def _two_sources(
     return Interval(value, value - half, value + half, first[1], sd, variance**0.5, df)
 
 
-def _sd(x: Floats) -> float:
-    """Standard deviation (ddof 1), exactly 0 where nothing varies."""
-    return float(np.sqrt(_snap(float(((x - x.mean()) ** 2).sum()), x) / (len(x) - 1)))
+def _sd(x: Floats, mean: float | None = None) -> float:
+    """Standard deviation (ddof 1), exactly 0 where nothing varies; `mean` where it is known already."""
+    rest = x - (x.mean() if mean is None else mean)
+    return math.sqrt(_snap(float((rest**2).sum()), x) / (len(x) - 1))
 
 
 def _snap(squares: float, x: Floats) -> float:

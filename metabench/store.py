@@ -269,15 +269,18 @@ class Run:
             f"{self.path / 'samples.jsonl'}: the samples of {measurement.cell} {measurement.measure} are damaged"
         )
 
-    def current(self) -> dict[Key, Measurement]:
-        """The valid measurement of each of the manifest's rows: the last one, if its hash is the row's."""
-        last = self.measurements()
+    def current(self, last: Mapping[Key, Measurement] | None = None) -> dict[Key, Measurement]:
+        """The valid measurement of each of the manifest's rows: the last one, if its hash is the row's.
+
+        `last`: the run's measurements, where they have been read already.
+        """
+        last = self.measurements() if last is None else last
         rows = {(row["cell"], row["measure"]): row["hash"] for row in self.manifest["rows"]}
         return {key: last[key] for key, digest in rows.items() if key in last and last[key].hash in (digest, NOT_HERE)}
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The rows of results.csv, in the manifest's order; a row that was never measured is missing."""
-        current = self.current()
+    def rows(self, last: Mapping[Key, Measurement] | None = None) -> list[dict[str, Any]]:
+        """The rows of results.csv, in the manifest's order; a row that was never measured is missing. See `current`."""
+        current = self.current(last)
         cells = self.manifest["cells"]
         return [
             _row(self, cells[row["cell"]], current[row["cell"], row["measure"]])

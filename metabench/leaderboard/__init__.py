@@ -147,7 +147,8 @@ def _folders(sources: Sequence[Source]) -> dict[int, str]:
 
 def _copy(source: Source, folder: Path) -> None:
     """The raw rows beside the page, and results.csv made anew with formulas defused."""
-    bundle.write(folder / "results.csv", files.table(RESULT_COLUMNS, source.run.rows()).encode("utf-8", "replace"))
+    rows = source.run.rows(source.measured)
+    bundle.write(folder / "results.csv", files.table(RESULT_COLUMNS, rows).encode("utf-8", "replace"))
     for name in RAW:
         if (file := regular(source.run, name)) is not None:
             try:

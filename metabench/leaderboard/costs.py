@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from metabench.leaderboard.collect import Cost, Score
+from metabench.leaderboard.collect import TIMES, Cost, Score
 from metabench.stats import Interval, median_interval, paired_ratio
 
 YARDSTICK = "protonet"  # costs of unlike machines are compared as multiples of its row in the same run
@@ -25,28 +25,37 @@ class Time:
     seconds: Interval
 
 
-def by_run(costs: Iterable[Cost]) -> dict[tuple[Any, ...], list[Cost]]:
-    """Costs by what they are of: run, method (without seed), task, measure."""
-    found: dict[tuple[Any, ...], list[Cost]] = {}
+ByRun = Mapping[tuple[Any, ...], Mapping[str, Sequence[Cost]]]  # by run, method (without seed) and task; by measure
+OfMethod = Mapping[str, Sequence[Sequence[Cost]]]  # by measure, a list for each run and environment
+
+
+def by_run(costs: Iterable[Cost]) -> ByRun:
+    """Costs by what they are of; the yardstick's also under the key of any method in its place."""
+    found: dict[tuple[Any, ...], dict[str, list[Cost]]] = {}
     for cost in costs:
-        found.setdefault(_cost_key(cost.source.run.path, cost.coordinates, cost.measure), []).append(cost)
-        known = {**cost.coordinates, "params": "", "norm": "", "train_spec": ""}
-        if cost.coordinates["algorithm"] == YARDSTICK:
-            found.setdefault(_cost_key(cost.source.run.path, known, cost.measure), []).append(cost)
+        run, known = cost.source.run.path, cost.coordinates
+        found.setdefault(_key(run, known), {}).setdefault(cost.measure, []).append(cost)
+        if known["algorithm"] == YARDSTICK:
+            found.setdefault(_yardstick_key(run, known), {}).setdefault(cost.measure, []).append(cost)
     return found
 
 
-def _cost_key(run: object, known: Mapping[str, Any], measure: str) -> tuple[Any, ...]:
-    return (run, measure, *(known[name] for name in (*METHOD, *TASK)))
+def _key(run: object, known: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (run, *[known[name] for name in (*METHOD, *TASK)])
 
 
-def _of(group: Iterable[Score], costs: Mapping[tuple[Any, ...], list[Cost]], measure: str) -> list[list[Cost]]:
-    """The method's costs, a list for each run and environment."""
-    found: dict[tuple[Any, ...], list[Cost]] = {}
-    for key in dict.fromkeys(_cost_key(s.source.run.path, s.coordinates, measure) for s in group):
-        for cost in costs.get(key, ()):
-            found.setdefault((*key, cost.environment), []).append(cost)
-    return list(found.values())
+def _yardstick_key(run: object, known: Mapping[str, Any]) -> tuple[Any, ...]:
+    return _key(run, {**known, "algorithm": YARDSTICK, "params": "", "norm": "", "train_spec": ""})
+
+
+def of_method(group: Iterable[Score], costs: ByRun) -> OfMethod:
+    """The costs of a method, given its rows of quality."""
+    found: dict[str, dict[tuple[Any, ...], list[Cost]]] = {}
+    for key in dict.fromkeys(_key(score.source.run.path, score.coordinates) for score in group):
+        for measure, every in costs.get(key, {}).items():
+            for cost in every:
+                found.setdefault(measure, {}).setdefault((*key, cost.environment), []).append(cost)
+    return {measure: list(places.values()) for measure, places in found.items()}
 
 
 def _units(costs: Sequence[Cost]) -> dict[tuple[str, int], float]:
@@ -58,32 +67,31 @@ def _units(costs: Sequence[Cost]) -> dict[tuple[str, int], float]:
     return {("seed", cost.coordinates["seed"]): cost.values[0] for cost in costs}
 
 
-def times(group: Sequence[Score], costs: Mapping[tuple[Any, ...], list[Cost]]) -> tuple[Time, ...]:
-    """Every time of a method's rows, one environment at a time."""
+def times(mine: OfMethod) -> tuple[Time, ...]:
+    """Every time of a method, one environment at a time."""
     made = []
-    for measure in ("adapt_time", "train_time"):
+    for measure in TIMES:
         by_place: dict[str, list[float]] = {}
-        for members in _of(group, costs, measure):
+        for members in mine.get(measure, ()):
             by_place.setdefault(members[0].environment, []).extend(_units(members).values())
         made += [Time(measure, place, median_interval(values)) for place, values in by_place.items()]
     return tuple(made)
 
 
-def relative(group: Sequence[Score], costs: Mapping[tuple[Any, ...], list[Cost]]) -> Interval | None:
+def relative(mine: OfMethod, costs: ByRun) -> Interval | None:
     """Time of adapting over the yardstick's in the same run and environment; of several runs, the best known ratio."""
     found: list[Interval] = []
-    for members in _of(group, costs, "adapt_time"):
+    for members in mine.get("adapt_time", ()):
         one = members[0]
-        known = {**one.coordinates, "algorithm": YARDSTICK, "params": "", "norm": "", "train_spec": ""}
         others = [
             cost
-            for cost in costs.get(_cost_key(one.source.run.path, known, "adapt_time"), ())
+            for cost in costs.get(_yardstick_key(one.source.run.path, one.coordinates), {}).get("adapt_time", ())
             if cost.environment == one.environment
         ]
         others = [cost for cost in others if _config(cost) == _config(others[0])]
-        mine, theirs = _units(members), _units(others)
-        if shared := sorted(mine.keys() & theirs.keys()):
-            found.append(paired_ratio([mine[k] for k in shared], [theirs[k] for k in shared]))
+        own, theirs = _units(members), _units(others)
+        if shared := sorted(own.keys() & theirs.keys()):
+            found.append(paired_ratio([own[k] for k in shared], [theirs[k] for k in shared]))
     return max(found, key=lambda interval: interval.n) if found else None
 
 
@@ -91,7 +99,7 @@ def _config(cost: Cost) -> tuple[Any, ...]:
     return tuple(cost.coordinates[name] for name in METHOD)
 
 
-def flops(group: Sequence[Score], costs: Mapping[tuple[Any, ...], list[Cost]]) -> float | None:
+def flops(mine: OfMethod) -> float | None:
     """The operations of adapting to one task; None where they were not counted."""
-    values = [cost.values[0] for members in _of(group, costs, "adapt_flops") for cost in members]
+    values = [cost.values[0] for members in mine.get("adapt_flops", ()) for cost in members]
     return float(np.median(values)) if values else None

@@ -24,13 +24,14 @@ COLUMNS = (
 )  # fmt: skip
 SMALL = 0.01  # of a multiple: below that only the order of magnitude matters, and the CSV has it
 NAMED = 5  # leaders that a sentence names
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
+FORMULA = frozenset("=+-@\t\r")
 
 
 def defused(value: object) -> object:
     """A cell that no spreadsheet takes for a formula: text that begins like one gets an apostrophe in front."""
-    text = isinstance(value, str) and value.lstrip(" ").startswith(FORMULA)
-    return f"'{value}" if text else value
+    if not isinstance(value, str) or value.lstrip(" ")[:1] not in FORMULA:
+        return value
+    return f"'{value}"
 
 
 def leaderboard_csv(boards: Sequence[Board]) -> str:

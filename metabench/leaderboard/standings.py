@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from metabench.leaderboard.collect import LOCAL, Collected, Cost, Score, Trust, is_control, plain, tried_key
-from metabench.leaderboard.costs import Time, flops, relative, times
+from metabench.leaderboard.collect import LOCAL, Collected, Score, Trust, is_control, plain, tried_key
+from metabench.leaderboard.costs import ByRun, Time, flops, of_method, relative, times
 from metabench.leaderboard.protocols import Protocol
 from metabench.stats import Floats, Interval, cluster_interval, seeds_interval
 
@@ -72,9 +72,7 @@ def methods(scores: Iterable[Score]) -> list[list[Score]]:
     return list(groups.values())
 
 
-def standing(
-    group: Sequence[Score], protocol: Protocol, found: Collected, costs: Mapping[tuple[Any, ...], list[Cost]]
-) -> Standing:
+def standing(group: Sequence[Score], protocol: Protocol, found: Collected, costs: ByRun) -> Standing:
     """One method's standing on a board, before any ranking: its rows pooled over seeds."""
     kept, doubled = _seeds(group)
     good = [score for score in kept if score.scores is not None]
@@ -85,6 +83,7 @@ def standing(
     quality = None if table is None else seeds_interval(table)
     remarks = _remarks(protocol, known, quality, good, bad, doubled, control)
     submitter = "" if control else first.source.submitter
+    mine = of_method(group, costs)
     tried = max(found.tried.get(tried_key(s.source.submitter, s.coordinates), 1) for s in group)
     made = Standing(
         label=plain(known["algorithm"], 80),
@@ -98,9 +97,9 @@ def standing(
         table=table,
         quality=quality,
         by_class=_by_class(good),
-        relative=relative(group, costs),
-        flops=flops(group, costs),
-        times=times(group, costs),
+        relative=relative(mine, costs),
+        flops=flops(mine),
+        times=times(mine),
         tried=tried,
         barred=bool(good and bad) or _in_seconds(known),
         runs=tuple(dict.fromkeys(score.source.name for score in kept)),
@@ -174,15 +173,23 @@ def _in_seconds(known: Mapping[str, Any]) -> bool:
 
 def labelled(standings: Sequence[Standing]) -> list[Standing]:
     """Each algorithm's name with the settings that tell it from its other rows; who handed it in is a column."""
+    by_name: dict[str, list[Standing]] = {}
+    for one in standings:
+        by_name.setdefault(one.algorithm, []).append(one)
+    differing = {name: _differing(siblings) for name, siblings in by_name.items()}
     named = []
     for one in standings:
-        siblings = [s for s in standings if s.algorithm == one.algorithm]
-        differing = [key for key, value in one.settings.items() if any(s.settings.get(key) != value for s in siblings)]
-        if len({s.submitter for s in siblings}) == len(siblings):
-            differing = []  # the submitters tell them apart
-        text = " ".join([one.algorithm, *(f"{key}={one.settings[key]}" for key in differing)])
-        named.append(replace(one, label=plain(text, 160)))
+        told = [f"{key}={value}" for key, value in one.settings.items() if key in differing[one.algorithm]]
+        named.append(replace(one, label=plain(" ".join([one.algorithm, *told]), 160)))
     return named
+
+
+def _differing(siblings: Sequence[Standing]) -> set[str]:
+    """The settings that tell rows of one algorithm apart; none where the submitters do."""
+    if len({s.submitter for s in siblings}) == len(siblings):
+        return set()
+    names = {name for one in siblings for name in one.settings}
+    return {name for name in names if len({one.settings.get(name) for one in siblings}) > 1}
 
 
 def _settings(score: Score) -> dict[str, str]:
