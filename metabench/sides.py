@@ -7,7 +7,6 @@ lie beside it). Everything is checked here: a row that leaves this module has fi
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,11 +18,12 @@ import numpy.typing as npt
 
 from metabench.cells import matches
 from metabench.errors import StoreError, did_you_mean
-from metabench.store import SCHEMA_VERSION, Key, Measurement, Run
+from metabench.store import SCHEMA_VERSION, Key, Measurement, Run, parsed
 
 Floats = npt.NDArray[np.float64]
 NEEDED = ("suite", "cell", "algorithm", "measure", "value", "status", "environment")
 STATUSES = ("ok", "skipped", "failed", "timeout", "diverged")
+ROUNDED = 1e-6  # between a stated mean and that of the episodes, relative
 _NUMBERS = ("value", "ci_low", "ci_high")
 _COUNTS = ("n", "seed")
 
@@ -70,7 +70,13 @@ class Result:
 
     def scores(self) -> Scores | None:
         """Its test episodes, or None where only the mean was kept. Raises StoreError for damaged ones."""
-        return self.home.scores(self)
+        found = self.home.scores(self)
+        if found is not None and self.value is not None and not _is_mean(self.value, found.scores):
+            raise StoreError(
+                f"{self.home.path}: {self.cell} {self.measure}: its value is {self.value}, its episodes give "
+                f"{float(found.scores.mean())}: one of the two was edited; measure the row again"
+            )
+        return found
 
     def predictions(self) -> Path | None:
         """The file of its predictions, or None."""
@@ -289,10 +295,15 @@ def _checked(where: str, episodes: tuple[str, ...], scores: Sequence[float]) -> 
     return Scores(episodes=episodes, scores=values)
 
 
+def _is_mean(value: float, scores: Floats) -> bool:
+    """Whether a stated value is the scores' mean, but for what a spreadsheet may have rounded."""
+    return abs(value - float(scores.mean())) <= ROUNDED * max(1.0, abs(value))
+
+
 def _environments(folder: Path) -> dict[str, Any]:
     file = folder / "environment.json"
     try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        found = parsed(file.read_bytes()) if file.is_file() else {}
     except (OSError, ValueError) as error:
         raise StoreError(f"{file}: damaged ({error}); delete it to go on without machines") from error
     return found if isinstance(found, dict) else {}

@@ -137,7 +137,8 @@ def _why_unranked(one: Standing, min_seeds: int, able: int) -> Standing:
         return one
     if len(one.seeds) < min_seeds:
         have = f"{len(one.seeds)} seed{'s' * (len(one.seeds) != 1)}"
-        return replace(one, remarks=(*one.remarks, f"{have}, a rank needs {min_seeds}: not ranked"))
+        alone = "; its interval speaks of test episodes alone" if len(one.seeds) == 1 else ""
+        return replace(one, remarks=(*one.remarks, f"{have}, a rank needs {min_seeds}: not ranked{alone}"))
     return replace(one, remarks=(*one.remarks, "nothing to be ranked against: not ranked")) if able < 2 else one
 
 

@@ -24,7 +24,7 @@ COLUMNS = (
 )  # fmt: skip
 SMALL = 0.01  # of a multiple: below that only the order of magnitude matters, and the CSV has it
 NAMED = 5  # leaders that a sentence names
-FORMULA = frozenset("=+-@\t\r")
+FORMULA = frozenset("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # the last four are their wide forms, which count as well
 
 
 def defused(value: object) -> object:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from metabench.cells import in_seconds
 from metabench.leaderboard.collect import LOCAL, Collected, Score, Trust, is_control, plain, tried_key
 from metabench.leaderboard.costs import ByRun, Time, flops, of_method, relative, times
 from metabench.leaderboard.protocols import Protocol
@@ -101,7 +101,7 @@ def standing(group: Sequence[Score], protocol: Protocol, found: Collected, costs
         flops=flops(mine),
         times=times(mine),
         tried=tried,
-        barred=bool(good and bad) or _in_seconds(known),
+        barred=bool(good and bad) or in_seconds(known["train_spec"]),
         runs=tuple(dict.fromkeys(score.source.name for score in kept)),
         settings=_settings(first),
         card=(),
@@ -156,7 +156,7 @@ def _remarks(
     said = []
     if good and bad:
         said.append(f"{len(bad)} of {len(good) + len(bad)} seeds {bad[-1].status} ({bad[-1].reason}): not ranked")
-    if _in_seconds(known):
+    if in_seconds(known["train_spec"]):
         said.append("trained for a number of seconds, which repeats on no other machine: not ranked")
     if quality and protocol.chance and not control and quality.value < 2 * protocol.chance:
         said.append(f"under-trained at this budget: below twice chance ({200 * protocol.chance:g} %)")
@@ -165,10 +165,6 @@ def _remarks(
     if quality and quality.sd == 0 and not control and len(good) > 1:
         said.append("no variation between seeds: the interval speaks of episodes alone")
     return said
-
-
-def _in_seconds(known: Mapping[str, Any]) -> bool:
-    return re.search(r"\*[0-9][0-9.e+-]*s$", known["train_spec"]) is not None
 
 
 def labelled(standings: Sequence[Standing]) -> list[Standing]:
