@@ -305,7 +305,9 @@ def iqm_interval(scores: Sequence[Scores], *, level: float = 0.95, draws: int = 
     their percentiles are moved away from the estimate by sqrt(n / (n - 1)), n the runs of the smallest data set, and by
     Student's quantile over the normal one (degrees of freedom: half of all runs - 1, since the estimate rests on the
     middle half). Simulated with three runs on each of four data sets, it covers 93 to 98 %, bare percentiles 80 to
-    86 %. No bounds where a data set has one run. `n` counts the scores. Raises ValueError where a data set has no score.
+    86 %. No bounds where a data set has one run. `n` counts the scores.
+
+    Raises ValueError where a data set has no score.
     """
     from scipy import stats as distributions
 

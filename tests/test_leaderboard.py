@@ -508,6 +508,13 @@ def test_every_run_has_a_folder_of_its_own(tmp_path, rng):
     assert raw == {(path / "samples.jsonl").read_bytes() for path in paths}
 
 
+def test_a_method_that_adapts_without_an_operation_stops_no_board(tmp_path, rng):
+    rows = rows_of({"protonet": trials(rng, 0.9), "maml": trials(rng, 0.8)})
+    path = run_of(tmp_path, [*rows, row("maml", 0, [0.0], measure="adapt_flops")])
+    (board,) = made(path)
+    assert {one.flops for one in board.standings} == {None}
+
+
 def test_one_seed_s_interval_is_said_to_be_over_episodes(tmp_path, rng):
     (board,) = made(run_of(tmp_path, rows_of({"protonet": trials(rng, 0.9), "maml": trials(rng, 0.8, seeds=1)})))
     said = {one.label: " ".join(one.remarks) for one in board.standings}

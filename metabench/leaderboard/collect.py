@@ -396,6 +396,8 @@ def _cost(source: Source, row: Mapping[str, Any], found: Measurement) -> Iterato
     known = coordinates(source.run, row["cell"])
     if known["call"]:
         return  # timed in another way than scored: several tasks a call, other steps or threads
+    if row["measure"] not in TIMES and found.value == 0:
+        return  # a method that counts no operation to adapt has no place on an axis of factors
     processes = found.facts.get("processes")
     values = processes if isinstance(processes, list) and processes else [found.value]
     if not all(isinstance(v, int | float) and not isinstance(v, bool) and 0 < v < math.inf for v in values):
