@@ -366,6 +366,11 @@ def training_problems(
         yield "queries" if "queries" in given else "shots", f"{why}: a class of {task.name} has {task.images} images"
 
 
+def in_seconds(train_spec: str) -> bool:
+    """Whether a training ended by the clock (5w1s15q*75s), which repeats on no other machine: never ranked or gated."""
+    return re.search(r"\*[0-9][0-9.e+-]*s$", train_spec) is not None
+
+
 def parse_id(text: str, catalogue: Catalogue) -> Cell:
     """Return the cell that `text` names. Raises ConfigError if it is no cell id, or not in its canonical form."""
     match = _ID.fullmatch(text)

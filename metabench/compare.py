@@ -27,7 +27,8 @@ from zipfile import BadZipFile
 import numpy as np
 
 from metabench import stats
-from metabench.cells import KERNEL_MEASURES
+from metabench.cells import KERNEL_MEASURES, in_seconds
+from metabench.environment import VOLATILE
 from metabench.errors import ConfigError, NothingRan, StoreError
 from metabench.joint import faster, join, method_of
 from metabench.sides import Floats, Result, Scores, Side, load
@@ -41,7 +42,6 @@ POWER = 0.8
 TRAIN_SEEDS = 5
 DRIFT = 0.02  # of a control row: beyond it the machine was another one
 GRAIN = 2.0**20  # bytes: peaks of one code on a CPU differed by up to 0.31 MB between two runs
-READINGS = frozenset({"readings", "controls", "disturbances", "roofs"})  # of an environment, beside its stable keys
 SCALES: Mapping[Kind, Scale] = {
     "time": "ratio",
     "memory": "ratio",
@@ -51,7 +51,6 @@ SCALES: Mapping[Kind, Scale] = {
 }
 NOT_COMPARED = frozenset({"mse_before"})  # where adaptation starts from is no result
 _SEED = re.compile(r"/seed\d+(?=/|$)")
-_SECONDS = re.compile(r"\*[0-9.e+-]+s$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,7 +276,7 @@ def _time(made: Verdict, pairs: Sequence[tuple[Result, Result]], margin: Margin,
     """A kernel's time over processes, or the time of trainings over their seeds."""
     sides = [[pair[side] for pair in pairs] for side in (0, 1)]
     for before, after in pairs:
-        if _SECONDS.search(before.text("train_spec")) and made.measure == "train_time":
+        if in_seconds(before.text("train_spec")) and made.measure == "train_time":
             return replace(made, outcome="incomparable", reason="the budget of the training is its wall time")
         if before.environment != after.environment and not across:
             return replace(made, outcome="incomparable", reason=_differ(before, after))
@@ -290,14 +289,14 @@ def _time(made: Verdict, pairs: Sequence[tuple[Result, Result]], margin: Margin,
     if first[1] is None or second[1] is None:
         what = "training" if made.measure == "train_time" else "process"
         return replace(made, reason=f"one {what} on a side gives no interval")
-    elsewhere = pairs[0][0].environment != pairs[0][1].environment
+    elsewhere = next((pair for pair in pairs if pair[0].environment != pair[1].environment), None)
     return Tested(
-        verdict=replace(made, reason=_differ(*pairs[0]) if elsewhere else ""),
+        verdict=replace(made, reason=_differ(*elsewhere) if elsewhere else ""),
         worse_by=ratio,
         margin=math.log1p(margin.margin),
         bound=math.log1p(margin.unchanged),
         sources=(first[1], second[1]),
-        held="" if elsewhere else _drift(*pairs[0]),
+        held="" if elsewhere else next(filter(None, (_drift(*pair) for pair in pairs)), ""),
     )
 
 
@@ -332,7 +331,7 @@ def _drift(before: Result, after: Result) -> str:
 def _differ(before: Result, after: Result) -> str:
     """In words, what is not the same about two environments."""
     a, b = before.machine(), after.machine()
-    names = [name for name in (*a, *b) if name not in READINGS and a.get(name) != b.get(name)]
+    names = [name for name in (*a, *b) if name not in VOLATILE and a.get(name) != b.get(name)]
     if not a or not b or not names:
         return f"another machine or software ({before.environment or 'unknown'}, {after.environment or 'unknown'})"
     parts = []
@@ -417,7 +416,7 @@ def _relative(gap: float, mean: float, scale: Scale) -> float | None:
 
 def _unlike(before: Result, after: Result) -> str:
     """Why two scores answer different questions, or ''."""
-    if _SECONDS.search(before.text("train_spec")):
+    if in_seconds(before.text("train_spec")):
         return "trained for a wall time: such rows are never gated"
     if before.text("selection") != after.text("selection"):
         return f"weights selected by {before.text('selection')} and by {after.text('selection')}"

@@ -34,6 +34,7 @@ ALLOCATORS = {
     "default": {},
     "returned": {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"},
 }
+VOLATILE = frozenset({"readings", "roofs", "controls", "disturbances"})  # beside the stable keys, not in the name
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}  # spinning OpenMP threads beside other work cost 10 to 200 times
 SYSTEM_CPU = Path("/sys/devices/system/cpu")
 CGROUP = Path("/sys/fs/cgroup")

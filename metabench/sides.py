@@ -6,10 +6,7 @@ lie beside it). Everything is checked here: a row that leaves this module has fi
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import functools
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,11 +18,12 @@ import numpy.typing as npt
 
 from metabench.cells import matches
 from metabench.errors import StoreError, did_you_mean
-from metabench.store import SCHEMA_VERSION, Key, Measurement, Run
+from metabench.store import SCHEMA_VERSION, Key, Measurement, Run, parsed
 
 Floats = npt.NDArray[np.float64]
 NEEDED = ("suite", "cell", "algorithm", "measure", "value", "status", "environment")
 STATUSES = ("ok", "skipped", "failed", "timeout", "diverged")
+ROUNDED = 1e-6  # between a stated mean and that of the episodes, relative
 _NUMBERS = ("value", "ci_low", "ci_high")
 _COUNTS = ("n", "seed")
 
@@ -72,7 +70,13 @@ class Result:
 
     def scores(self) -> Scores | None:
         """Its test episodes, or None where only the mean was kept. Raises StoreError for damaged ones."""
-        return self.home.scores(self)
+        found = self.home.scores(self)
+        if found is not None and self.value is not None and not _is_mean(self.value, found.scores):
+            raise StoreError(
+                f"{self.home.path}: {self.cell} {self.measure}: its value is {self.value}, its episodes give "
+                f"{float(found.scores.mean())}: one of the two was edited; measure the row again"
+            )
+        return found
 
     def predictions(self) -> Path | None:
         """The file of its predictions, or None."""
@@ -113,15 +117,8 @@ class Home:
         if self.run is None or row.measurement is None:
             return self.kept.get(row.key)
         where = f"{self.path / 'samples.jsonl'}: {row.cell} {row.measure}"
-        line = self.run.samples_line(row.measurement)
-        scores, key, episodes = line.partition(b', "episodes": ')
-        if key and episodes.endswith(b"]}\n"):  # the same in many rows, and half of the text: read once
-            with contextlib.suppress(ValueError):
-                return _checked(where, _episode_list(episodes[:-2]), json.loads(scores + b"}").get("scores", ()))
-        found = self.run.samples(row.measurement)
-        if "scores" not in found or "episodes" not in found:
-            return None
-        return _checked(where, tuple(found["episodes"]), found["scores"])
+        found = self.run.scored(row.measurement)
+        return None if found is None else _checked(where, found[1], found[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,11 +267,6 @@ def _records(path: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str,
         raise StoreError(f"{path}: cannot be read as CSV ({error})") from error
 
 
-@functools.lru_cache(maxsize=256)
-def _episode_list(text: bytes) -> tuple[str, ...]:
-    return tuple(json.loads(text))
-
-
 def _episodes(path: Path) -> dict[Key, Scores]:
     """The scores of an episodes.csv; none where there is no such file."""
     if not path.is_file():
@@ -303,10 +295,15 @@ def _checked(where: str, episodes: tuple[str, ...], scores: Sequence[float]) -> 
     return Scores(episodes=episodes, scores=values)
 
 
+def _is_mean(value: float, scores: Floats) -> bool:
+    """Whether a stated value is the scores' mean, but for what a spreadsheet may have rounded."""
+    return abs(value - float(scores.mean())) <= ROUNDED * max(1.0, abs(value))
+
+
 def _environments(folder: Path) -> dict[str, Any]:
     file = folder / "environment.json"
     try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        found = parsed(file.read_bytes()) if file.is_file() else {}
     except (OSError, ValueError) as error:
         raise StoreError(f"{file}: damaged ({error}); delete it to go on without machines") from error
     return found if isinstance(found, dict) else {}

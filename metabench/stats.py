@@ -8,13 +8,13 @@ exact.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from scipy import special
-from scipy import stats as distributions
 
 Floats = npt.NDArray[np.float64]
 Scores = npt.ArrayLike
@@ -89,7 +89,7 @@ def mean_interval(values: Scores, *, level: float = 0.95) -> Interval:
     n, mean = len(x), float(x.mean())
     if n == 1:
         return Interval(mean, None, None, 1, None)
-    sd = _sd(x)
+    sd = _sd(x, mean)
     return _student(mean, sd / n**0.5, n - 1, n, sd, level)
 
 
@@ -178,7 +178,7 @@ def median_interval(process_medians: Scores, *, level: float = 0.95) -> Interval
     if len(x) == 1:
         return Interval(value, None, None, 1, None)
     se = _sd(np.log(x)) * (np.pi / 2 / len(x)) ** 0.5
-    spread = float(np.exp(float(distributions.t.ppf((1 + level) / 2, len(x) - 1)) * se))
+    spread = float(np.exp(float(special.stdtrit(len(x) - 1, (1 + level) / 2)) * se))
     return Interval(value, value / spread, value * spread, len(x), _sd(x))
 
 
@@ -240,7 +240,7 @@ def smallest_visible_difference(difference: Interval, *, power: float = 0.8) -> 
     """
     if difference.half is None or difference.se is None or difference.df is None:
         return None
-    return difference.half + float(distributions.t.ppf(power, difference.df)) * difference.se
+    return difference.half + float(special.stdtrit(difference.df, power)) * difference.se
 
 
 def half_width(sources: Sequence[Source], *, tail: float) -> float:
@@ -269,7 +269,7 @@ def tail_probability(distance: float, sources: Sequence[Source]) -> float:
     return float(np.exp((low + high) / 2))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: Scores) -> list[float]:
     """Holm's adjusted p-values of a family, in the same order: below alpha, its test holds at that family-wise rate.
 
     Holm 1979, "A simple sequentially rejective multiple test procedure".
@@ -278,7 +278,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     order = np.argsort(p, kind="stable")
     adjusted = np.empty(len(p))
     adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1.0)
-    return [float(one) for one in adjusted]
+    found: list[float] = adjusted.tolist()
+    return found
 
 
 def proportion_interval(hits: int, trials: int, *, level: float = 0.95) -> tuple[float, float]:
@@ -287,6 +288,8 @@ def proportion_interval(hits: int, trials: int, *, level: float = 0.95) -> tuple
     Raises:
         ValueError: no trials, or hits outside 0..trials.
     """
+    from scipy import stats as distributions  # a second to import, and wanted here and by `iqm_interval` alone
+
     if not 0 <= hits <= trials or trials < 1:
         raise ValueError(f"{hits} hits in {trials} trials")
     interval = distributions.binomtest(hits, trials).proportion_ci(level, method="exact")
@@ -298,17 +301,30 @@ def iqm_interval(scores: Sequence[Scores], *, level: float = 0.95, draws: int = 
 
     The mean of the middle half of all scores (Agarwal et al. 2021, "Deep reinforcement learning at the edge of the
     statistical precipice"). Stratified percentile bootstrap: the runs of each data set are drawn again, so the interval
-    speaks of other trainings on these data sets, not of other data sets. `n` counts the scores. Raises ValueError where
-    a data set has no score.
+    speaks of other trainings on these data sets, not of other data sets. The draws of a few runs scatter too little:
+    their percentiles are moved away from the estimate by sqrt(n / (n - 1)), n the runs of the smallest data set, and by
+    Student's quantile over the normal one (degrees of freedom: half of all runs - 1, since the estimate rests on the
+    middle half). Simulated with three runs on each of four data sets, it covers 93 to 98 %, bare percentiles 80 to
+    86 %. No bounds where a data set has one run. `n` counts the scores.
+
+    Raises ValueError where a data set has no score.
     """
+    from scipy import stats as distributions
+
     strata = [_finite(one, ndim=1) for one in scores]
     pooled = np.concatenate(strata)
     generator = np.random.Generator(np.random.Philox(seed))
     drawn = np.concatenate([x[generator.integers(0, len(x), (draws, len(x)))] for x in strata], axis=1)
     means = distributions.trim_mean(drawn, 0.25, axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    value = float(distributions.trim_mean(pooled, 0.25))
-    return Interval(value, float(low), float(high), len(pooled), _sd(pooled) if len(pooled) > 1 else None)
+    value, least = float(distributions.trim_mean(pooled, 0.25)), min(map(len, strata))
+    sd = _sd(pooled) if len(pooled) > 1 else None
+    if least == 1:
+        return Interval(value, None, None, len(pooled), sd)
+    few = _t((1 + level) / 2, (len(pooled) - len(strata)) / 2) / float(special.ndtri((1 + level) / 2))
+    low, high = value + few * (least / (least - 1)) ** 0.5 * (
+        np.quantile(means, [(1 - level) / 2, (1 + level) / 2]) - value
+    )
+    return Interval(value, float(low), float(high), len(pooled), sd)
 
 
 def rank_agreement(
@@ -341,7 +357,7 @@ def _tau_bounds(
     if not all(np.isfinite(h).all() for h in halves):
         return None, None
     generator = np.random.Generator(np.random.Philox(seed))
-    z = float(distributions.norm.ppf((1 + level) / 2))
+    z = float(special.ndtri((1 + level) / 2))
     drawn = [m + h / z * generator.standard_normal((draws, len(m))) for m, h in zip(means, halves, strict=True)]
     low, high = np.quantile(_tau_b(*drawn), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
@@ -366,7 +382,7 @@ def _decided(means: Floats, halves: Floats) -> npt.NDArray[np.int8]:
 @functools.lru_cache(maxsize=1024)
 def _t(probability: float, df: float) -> float:
     """Student's quantile, kept: a leaderboard asks for the same few ten thousand times."""
-    return float(distributions.t.ppf(probability, df))
+    return float(special.stdtrit(df, probability))
 
 
 def _student(value: float, se: float, df: float, n: int, sd: float, level: float) -> Interval:
@@ -387,9 +403,10 @@ def _two_sources(
     return Interval(value, value - half, value + half, first[1], sd, variance**0.5, df)
 
 
-def _sd(x: Floats) -> float:
-    """Standard deviation (ddof 1), exactly 0 where nothing varies."""
-    return float(np.sqrt(_snap(float(((x - x.mean()) ** 2).sum()), x) / (len(x) - 1)))
+def _sd(x: Floats, mean: float | None = None) -> float:
+    """Standard deviation (ddof 1), exactly 0 where nothing varies; `mean` where it is known already."""
+    rest = x - (x.mean() if mean is None else mean)
+    return math.sqrt(_snap(float((rest**2).sum()), x) / (len(x) - 1))
 
 
 def _snap(squares: float, x: Floats) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import re
@@ -19,6 +20,8 @@ from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
 from typing import IO, Any, Literal
+
+from pydantic_core import from_json
 
 from metabench.cells import KERNEL_MEASURES
 from metabench.errors import StoreError
@@ -103,7 +106,7 @@ class Run:
         if not file.is_file():
             raise StoreError(f"{path}: not a run folder (no manifest.json); runs look like results/runs/SUITE/latest")
         try:
-            manifest = json.loads(file.read_text(encoding="utf-8"))
+            manifest = parsed(file.read_bytes())
             version = manifest["schema_version"]
             missing = MANIFEST_KEYS - manifest.keys()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -225,10 +228,30 @@ class Run:
         """The raw samples of a measurement (empty when it has none)."""
         text = self.samples_line(measurement)
         try:
-            line: dict[str, Any] = json.loads(text) if text else {}
+            line: dict[str, Any] = parsed(text) if text else {}
         except ValueError as error:
             raise self._damaged(measurement) from error
         return line
+
+    def scored(self, measurement: Measurement) -> tuple[list[Any], tuple[str, ...]] | None:
+        """The raw scores of a measurement and its episodes' hashes; None where it has no such list.
+
+        The scores are as they stand on the disk: of any type and number. Equal lists of episodes are one tuple.
+
+        Raises:
+            StoreError: the line is damaged, or an episode's hash is no text.
+        """
+        scores, key, names = self.samples_line(measurement).partition(b', "episodes": ')
+        try:
+            if key and names.endswith(b"]}\n"):  # the same in many rows, and half of the text: read once
+                return _scored(parsed(scores + b"}").get("scores"), _episodes(names[:-2]))
+        except ValueError:
+            pass  # some other order of the line's parts, or damaged
+        line = self.samples(measurement)
+        try:
+            return _scored(line.get("scores"), _texts(line.get("episodes")))
+        except ValueError as error:
+            raise self._damaged(measurement) from error
 
     def samples_line(self, measurement: Measurement) -> bytes:
         """The raw samples of a measurement as the JSON text on the disk (empty when it has none)."""
@@ -246,15 +269,18 @@ class Run:
             f"{self.path / 'samples.jsonl'}: the samples of {measurement.cell} {measurement.measure} are damaged"
         )
 
-    def current(self) -> dict[Key, Measurement]:
-        """The valid measurement of each of the manifest's rows: the last one, if its hash is the row's."""
-        last = self.measurements()
+    def current(self, last: Mapping[Key, Measurement] | None = None) -> dict[Key, Measurement]:
+        """The valid measurement of each of the manifest's rows: the last one, if its hash is the row's.
+
+        `last`: the run's measurements, where they have been read already.
+        """
+        last = self.measurements() if last is None else last
         rows = {(row["cell"], row["measure"]): row["hash"] for row in self.manifest["rows"]}
         return {key: last[key] for key, digest in rows.items() if key in last and last[key].hash in (digest, NOT_HERE)}
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The rows of results.csv, in the manifest's order; a row that was never measured is missing."""
-        current = self.current()
+    def rows(self, last: Mapping[Key, Measurement] | None = None) -> list[dict[str, Any]]:
+        """The rows of results.csv, in the manifest's order; a row that was never measured is missing. See `current`."""
+        current = self.current(last)
         cells = self.manifest["cells"]
         return [
             _row(self, cells[row["cell"]], current[row["cell"], row["measure"]])
@@ -287,7 +313,7 @@ class Run:
         """The machines that made this run's rows, by id."""
         file = self.path / "environment.json"
         try:
-            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            found: dict[str, Any] = parsed(file.read_bytes()) if file.is_file() else {}
         except (OSError, ValueError) as error:
             raise StoreError(f"{file}: damaged ({error}); delete it to go on") from error
         return found
@@ -313,6 +339,38 @@ def _row(run: Run, cell: Mapping[str, Any], m: Measurement) -> dict[str, Any]:
         **{k: getattr(m, k) for k in ("status", "reason", "environment")},
     }
     return {column: known.get(column) for column in COLUMNS}
+
+
+def parsed(text: bytes) -> Any:
+    """JSON as the standard library reads it, a list of scores in a fifth of its time.
+
+    Raises ValueError for what is no JSON, and for what is nested to break the reader.
+    """
+    try:
+        return from_json(text)
+    except ValueError:  # what it refuses, a half of a surrogate pair for one, is for the standard library to judge
+        pass
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+@functools.lru_cache(maxsize=256)
+def _episodes(text: bytes) -> tuple[str, ...] | None:
+    return _texts(parsed(text))
+
+
+def _texts(found: object) -> tuple[str, ...] | None:
+    if found is None:
+        return None
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise ValueError("not a list of texts")
+    return tuple(found)
+
+
+def _scored(scores: object, episodes: tuple[str, ...] | None) -> tuple[list[Any], tuple[str, ...]] | None:
+    return (scores, episodes) if isinstance(scores, list) and episodes is not None else None
 
 
 @contextlib.contextmanager
@@ -399,7 +457,7 @@ def _raw_lines(file: Path, word: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
         for line in handle:
             if word in line and line.endswith(b"\n"):
                 try:
-                    yield offset, json.loads(line)
+                    yield offset, parsed(line)
                 except ValueError as error:
                     raise StoreError(
                         f"{file}: damaged at byte {offset} ({error}); delete that line to go on"
@@ -415,7 +473,7 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith(b"\n"):
                 return  # torn by a kill: the row was never finished
             try:
-                record = json.loads(line)
+                record = parsed(line)
             except ValueError as error:
                 raise StoreError(f"{file}:{number}: damaged line ({error}); delete that line to go on") from error
             yield record

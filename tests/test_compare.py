@@ -370,6 +370,19 @@ def test_the_time_of_trainings_is_taken_over_their_seeds(verdict):
     assert found.cell.endswith("seeds0-4")
 
 
+def test_one_seed_s_machine_that_moved_holds_them_all(tmp_path):
+    sides = []
+    for factor, moved in ((1.0, 1.0), (2.0, 1.2)):
+        folder = tmp_path / f"{factor}"
+        for seed, seconds in enumerate(FIVE):
+            still = {"python": [moved if seed == 3 else 1.0] * 3}
+            run = Stored(controls=still).time([factor * seconds], "maml", measure="train_time", seed=seed)
+            run.at(tmp_path / "made").rename((folder.mkdir(exist_ok=True), folder / f"{seed}")[1])
+        sides.append(folder)
+    (found,) = compare([sides[0]], [sides[1]]).verdicts
+    assert (found.outcome, "moved by +20.0%" in found.reason) == ("inconclusive", True), found.reason
+
+
 def test_the_interval_of_a_ratio_of_times_covers(verdict):
     rng = np.random.default_rng(8)
     inside = 0

@@ -40,10 +40,10 @@ ALLOWED: dict[str, set[str]] = {
     "verdicts": NOBODY,
     "joint": {"thresholds", "verdicts"},
     "sides": {"cells", "store"},
-    "compare": {"cells", "joint", "sides", "stats", "thresholds", "verdicts"},
+    "compare": {"cells", "environment", "joint", "sides", "stats", "thresholds", "verdicts"},
     "verdict_report": {"verdicts"},
     "export": {"sides", "verdict_report"},
-    "report": {"environment", "report", "roofline", "store", "stats"},
+    "report": {"cells", "environment", "report", "roofline", "store", "stats"},
     "leaderboard": {
         "catalogue",
         "cells",

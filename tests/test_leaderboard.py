@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import metabench
 from leaderboard_runs import cell_of, edited, row, run_of, trials
+from scipy import stats as scipy_stats
 
 from metabench import stats
 from metabench.errors import ConfigError, NothingRan, StoreError
@@ -16,7 +17,7 @@ from metabench.leaderboard import files, leaderboard, ranking
 from metabench.leaderboard.boardfile import read_board
 from metabench.leaderboard.boards import boards
 from metabench.leaderboard.collect import collect, plain, source_of
-from metabench.leaderboard.summary import summaries
+from metabench.leaderboard.summary import _signed_rank, summaries
 from metabench.store import Run
 
 
@@ -124,13 +125,44 @@ def test_iqm_is_the_middle_half_and_its_interval_covers():
     found = stats.iqm_interval(scores)
     assert found.value == pytest.approx(pooled[3:9].mean())
     assert found.low < found.value < found.high
+
+
+@pytest.mark.parametrize("runs", [3, 5, 10])
+@pytest.mark.parametrize("means", [(0.2, 0.4, 0.6, 0.8), (0.5, 0.52, 0.55, 0.9), (0.5, 0.5, 0.5, 0.5)])
+def test_the_interval_of_an_iqm_covers_with_as_few_seeds_as_a_board_takes(runs, means):
+    def drawn(rng, size):
+        return [m + 0.02 * rng.normal(size=size) for m in means]
+
+    truth = stats.iqm_interval(drawn(np.random.default_rng(1), 40000), draws=1).value
     rng = np.random.default_rng(4)
-    hits = 0
-    for _ in range(200):
-        drawn = [m + 0.05 * rng.normal(size=10) for m in (0.2, 0.4, 0.6, 0.8)]
-        one = stats.iqm_interval(drawn, draws=500)
-        hits += one.low <= 0.5 <= one.high
-    assert hits >= 170
+    found = [stats.iqm_interval(drawn(rng, runs), draws=300) for _ in range(300)]
+    hits = sum(one.low <= truth <= one.high for one in found)
+    assert hits >= 273  # 95 % would be 285; bare percentiles have about 243 with three runs and 257 with five
+
+
+def test_one_run_a_data_set_has_no_interval():
+    assert stats.iqm_interval([[0.1], [0.2, 0.3]]).low is None
+
+
+# over data sets
+
+
+def test_the_signed_rank_test_is_scipy_s_exact_one(rng):
+    for size in (2, 5, 6, 9, 16):
+        a, b = rng.normal(size=(2, size))
+        wanted = scipy_stats.wilcoxon(a, b, method="exact").pvalue
+        assert _signed_rank(a, b) == pytest.approx(wanted)
+
+
+def test_five_differences_cannot_reach_five_per_cent_among_six_data_sets_either():
+    assert _signed_rank([0.5] * 6, [0.5, 0.1, 0.2, 0.3, 0.4, 0.45]) == pytest.approx(2 / 32)
+    assert _signed_rank([0.5] * 6, [0.4] * 6) == pytest.approx(2 / 64)  # all ties
+    assert _signed_rank([0.5] * 6, [0.5] * 6) == 1.0
+
+
+def test_two_equal_methods_get_a_star_as_seldom_as_promised(rng):
+    alarms = [_signed_rank(*np.round(rng.normal(size=(2, 6)), 1)) < 0.05 for _ in range(2000)]
+    assert sum(alarms) <= 80  # 2/64 of 2000 are 62, fewer with ties
 
 
 # boards
@@ -314,7 +346,7 @@ def test_text_of_others_is_never_code(tmp_path, rng):
     assert float(found[0]["value"]) > 0.8  # figures stay figures
 
 
-@pytest.mark.parametrize("text", ["=1", "+1", "-1", "@x", "\tx", "\rx", "  =1"])
+@pytest.mark.parametrize("text", ["=1", "+1", "-1", "@x", "\tx", "\rx", "  =1", "\n=1", "\uff1d1", "\uff201"])
 def test_formulas_are_defused(text):
     assert files.defused(text).startswith("'")
     assert files.defused(-1.5) == -1.5 and files.defused("maml") == "maml"
@@ -462,3 +494,28 @@ def test_making_and_verifying_a_board_never_loads_torch(tmp_path, rng):
 
 def test_cells_in_other_words_have_other_ids():
     assert cell_of("maml", 0) == "maml[train=5w1s1q*10]/glyphs[alphabets]/5w1s15q/running/cpu-float32/seed0"
+
+
+def test_every_run_has_a_folder_of_its_own(tmp_path, rng):
+    paths = []
+    for number, name in enumerate(("a", "a", "a-2", "a b", "a-b", "...")):
+        rows = rows_of({"protonet": trials(rng, 0.9), "maml": trials(rng, 0.8)})
+        paths.append(run_of(tmp_path / str(number), rows, name=name, at=f"2026-01-0{number + 1}T00:00:00+00:00"))
+    leaderboard(paths, tmp_path / "site")
+    folders = sorted(path.name for path in (tmp_path / "site" / "runs").iterdir())
+    assert folders == ["a", "a-2", "a-2-2", "a-b", "a-b-2", "run"]
+    raw = {(path / "samples.jsonl").read_bytes() for path in (tmp_path / "site" / "runs").iterdir()}
+    assert raw == {(path / "samples.jsonl").read_bytes() for path in paths}
+
+
+def test_a_method_that_adapts_without_an_operation_stops_no_board(tmp_path, rng):
+    rows = rows_of({"protonet": trials(rng, 0.9), "maml": trials(rng, 0.8)})
+    path = run_of(tmp_path, [*rows, row("maml", 0, [0.0], measure="adapt_flops")])
+    (board,) = made(path)
+    assert {one.flops for one in board.standings} == {None}
+
+
+def test_one_seed_s_interval_is_said_to_be_over_episodes(tmp_path, rng):
+    (board,) = made(run_of(tmp_path, rows_of({"protonet": trials(rng, 0.9), "maml": trials(rng, 0.8, seeds=1)})))
+    said = {one.label: " ".join(one.remarks) for one in board.standings}
+    assert "1 seed, a rank needs 3: not ranked; its interval speaks of test episodes alone" in said["maml"]

@@ -92,6 +92,20 @@ def test_episodes_of_the_training_classes_are_found_out(tmp_path, truth):
     assert all("they are those of the train classes" in text for text in found)
 
 
+@pytest.mark.parametrize("spoil", ["junk", "link", "folder"])
+def test_predictions_that_cannot_be_read_are_named_when_episodes_are_made_anew(run, spoil):
+    file = next(iter(sorted((run / "predictions").iterdir())))
+    file.unlink()
+    if spoil == "junk":
+        file.write_bytes(b"PK\x03\x04 junk")
+    elif spoil == "link":
+        file.symlink_to("/etc/hostname")
+    else:
+        file.mkdir()
+    found = problems(run, episodes=True)
+    assert any(file.name in text for text in found), found
+
+
 @pytest.mark.parametrize(
     ("file", "before", "after", "said"),
     [

@@ -96,6 +96,21 @@ def test_scores_that_are_none(run, table):
     assert "episodes.csv:3: score is nan" in refused(table)
 
 
+def test_a_mean_that_is_not_its_episodes_was_edited(run, table):
+    edit(table, (",0.5,", ",0.6,"))
+    assert "its value is 0.6, its episodes give 0.5" in refused(table)
+    edit(run / "measurements.jsonl", ('"value": 0.5,', '"value": 0.6,'))
+    assert "its value is 0.6, its episodes give 0.5" in refused(run)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "environment.json", "measurements.jsonl"])
+def test_what_is_nested_to_break_the_reader_is_damage(run, table, name):
+    (run / name).write_text("[" * 100_000 + "]" * 100_000 + "\n")
+    assert "nested too deeply" in refused(run)
+    (table.parent / "environment.json").write_text("[" * 100_000)
+    assert "nested too deeply" in refused(table)
+
+
 def test_samples_in_another_order_are_the_same(run):
     edit(
         run / "samples.jsonl",

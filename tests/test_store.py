@@ -262,3 +262,75 @@ def test_numbers_that_json_has_not_are_refused(run):
         run.append(replace(measured("a", 0.5), value=float("nan")))
     assert json.loads((run.path / "manifest.json").read_text())["schema_version"] == 1
     assert run.measurements() == {}
+
+
+# what is on the disk, read
+
+SHAPES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=6),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def outcome(read, text):
+    """What reading gives: a value as text (NaN is NaN), or that it is refused."""
+    try:
+        return repr(read(text))
+    except ValueError:
+        return "refused"
+
+
+@given(SHAPES, st.booleans())
+def test_json_reads_as_the_standard_library_reads_it(value, ascii_only):
+    text = json.dumps(value, ensure_ascii=ascii_only).encode("utf-8", "backslashreplace")
+    assert outcome(store.parsed, text) == outcome(json.loads, text)
+
+
+@pytest.mark.parametrize("text", [
+    b'{"a": "\\ud800"}', b"[1,]", b'"\xff"', b"1" * 5000, b"", b"nan", b'"\x01"', b"\xef\xbb\xbf1", b"01", b"1 2",
+    b"[" * 400 + b"]" * 400, b"1e400", b"-0", b'{"a": 1, "a": 2}', b"[1]\x00", b"\x00[\x001\x00]",
+])  # fmt: skip
+def test_what_another_reader_refuses_is_for_the_standard_library_to_judge(text):
+    assert outcome(store.parsed, text) == outcome(json.loads, text)
+
+
+def line_of(run, text):
+    """A measurement whose samples are this line as it stands."""
+    (run.path / "samples.jsonl").write_bytes(text)
+    return Measurement(cell="a", measure="accuracy", status="ok", samples=0)
+
+
+@pytest.mark.parametrize("line", [
+    b'{"cell": "a", "scores": [0.5, 1], "episodes": ["x", "y"]}\n',
+    b'{"episodes": ["x", "y"], "scores": [0.5, 1]}\n',
+    b'{"scores": [0.5, 1], "episodes": ["x", "y"], "curve": [1]}\n',
+    b'{"scores": [9], "episodes": ["z"], "episodes": ["x", "y"], "scores": [0.5, 1]}\n',
+    b'{"cell": "a\\", \\"episodes\\": [\\"z\\"]}", "scores": [0.5, 1], "episodes": ["x", "y"]}\n',
+])  # fmt: skip
+def test_scores_are_found_wherever_the_line_has_them(run, line):
+    assert run.scored(line_of(run, line)) == ([0.5, 1], ("x", "y"))
+
+
+@pytest.mark.parametrize(
+    "line", [b"{}\n", b'{"scores": [1]}\n', b'{"episodes": ["x"]}\n', b'{"scores": 1, "episodes": ["x"]}\n']
+)
+def test_a_line_without_scores_or_episodes_has_none(run, line):
+    assert run.scored(line_of(run, line)) is None
+
+
+@pytest.mark.parametrize("line", [
+    b'{"scores": [1], "episodes": [{"x": 1}]}\n',
+    b'{"scores": [1], "episodes": "x"}\n', b'{"scores": [1], "episodes": [\n',
+    b'[1, "episodes": ["x"]}\n',
+])  # fmt: skip
+def test_episodes_that_are_no_texts_are_damage(run, line):
+    with pytest.raises(StoreError, match="samples of a accuracy are damaged"):
+        run.scored(line_of(run, line))
+
+
+def test_rows_on_the_same_episodes_share_one_list(run):
+    with run.writing():
+        rows = [run.append(measured(cell, 1.0), {"scores": [1.0], "episodes": ["x"]}) for cell in "ab"]
+    first, second = (run.scored(row)[1] for row in rows)
+    assert first is second

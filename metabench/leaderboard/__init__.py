@@ -11,6 +11,7 @@ import contextlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 from metabench.errors import ConfigError, NothingRan, StoreError
@@ -136,19 +137,19 @@ def _verified(source: Source, *, episodes: bool = True) -> Source:
 
 def _folders(sources: Sequence[Source]) -> dict[int, str]:
     """A folder name for each run, harmless and each once."""
-    taken: dict[str, int] = {}
-    names = {}
+    names: dict[int, str] = {}
     for source in sources:
         safe = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in source.run.name).lstrip(".")
         name = safe[:100] or "run"
-        taken[name] = taken.get(name, 0) + 1
-        names[id(source)] = name if taken[name] == 1 else f"{name}-{taken[name]}"
+        tries = (name if number == 1 else f"{name}-{number}" for number in count(1))
+        names[id(source)] = next(one for one in tries if one not in names.values())
     return names
 
 
 def _copy(source: Source, folder: Path) -> None:
     """The raw rows beside the page, and results.csv made anew with formulas defused."""
-    bundle.write(folder / "results.csv", files.table(RESULT_COLUMNS, source.run.rows()).encode("utf-8", "replace"))
+    rows = source.run.rows(source.measured)
+    bundle.write(folder / "results.csv", files.table(RESULT_COLUMNS, rows).encode("utf-8", "replace"))
     for name in RAW:
         if (file := regular(source.run, name)) is not None:
             try:

@@ -38,7 +38,6 @@ from metabench.stats import Floats, median_interval
 from metabench.store import Measurement, Run
 
 EPISODES_SECONDS = 600.0  # for making the episodes of one run anew
-VOLATILE = ("readings", "roofs", "controls", "disturbances")  # of an environment: not in its name
 CREDIT = 1e-12
 Ints = npt.NDArray[np.int64]
 
@@ -73,6 +72,7 @@ class _Findings:
     counts: dict[str, int] = field(default_factory=dict)
     unchecked: dict[str, None] = field(default_factory=dict)
     problems: dict[Problem, None] = field(default_factory=dict)
+    answered: set[tuple[str, str]] = field(default_factory=set)  # the rows whose predictions could be read
 
     def count(self, what: str, number: int = 1) -> None:
         self.counts[what] = self.counts.get(what, 0) + number
@@ -233,6 +233,7 @@ def _predictions(found: _Findings, where: str, one: Measurement, scores: Floats,
         found.wrong(str(file), f"{wrong} (predictions of {plain(one.cell)} {one.measure})")
     else:
         found.count("predictions", labels.size)
+        found.answered.add((one.cell, one.measure))
 
 
 def _answers(
@@ -285,7 +286,7 @@ def _environments(found: _Findings, good: Sequence[Measurement]) -> None:
         if not isinstance(facts, dict):
             found.wrong(where, f"does not describe environment {plain(name)}, which rows name")
             continue
-        stable = {key: value for key, value in facts.items() if key not in VOLATILE}
+        stable = {key: value for key, value in facts.items() if key not in environment.VOLATILE}
         if environment.name(stable) != name:
             found.wrong(
                 where, f"{plain(name)}: its description gives the name {environment.name(stable)}: it was edited"
@@ -400,7 +401,7 @@ def _compare(found: _Findings, one: Measurement, answer: Mapping[str, Any]) -> N
         found.wrong(where, f"pixels hash is {plain(pixels)}, the data set here has {answer['pixels']}")
     found.count("test episodes", len(ids))
     file = found.run.path / "predictions" / Path(str(one.facts.get("predictions"))).name
-    if answer["classes"] is not None and file.is_file():
+    if answer["classes"] is not None and (one.cell, one.measure) in found.answered:
         with np.load(file) as kept:
             classes = kept["classes"].astype("<i8").tobytes()
         if hashlib.sha256(classes).hexdigest() != answer["classes"]:

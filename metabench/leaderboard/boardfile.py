@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from metabench.leaderboard.boards import Protocol
 from metabench.leaderboard.collect import Source
+from metabench.leaderboard.protocols import Protocol
 from metabench.leaderboard.ranking import MIN_SEEDS
 from metabench.suitefile import Count, Document, Seed, Ways, explain
 

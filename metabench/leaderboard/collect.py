@@ -13,6 +13,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +47,11 @@ class Source:
     def name(self) -> str:
         """The run's name as shown."""
         return plain(self.run.name)
+
+    @cached_property
+    def measured(self) -> dict[Key, Measurement]:
+        """Its measurements, read once. Raises StoreError, naming the row, for a field that is not of its type."""
+        return measured(self.run)
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,12 +207,12 @@ def coordinates(run: Run, cell: str) -> dict[str, Any]:
     """A cell's coordinates: from its id, with what only the manifest knows. Raises StoreError where they disagree."""
     stated = run.manifest["cells"][cell]
     try:
-        found = {"cell": cell, **coordinates_of(cell)}
+        found = {"cell": cell, **_parsed_id(cell)}
     except ConfigError as error:
         raise StoreError(f"{run.path / 'manifest.json'}: {error}") from error
     for name in STATED:
         # a run of an earlier version states fewer of them, and a stream's shots and queries as none
-        if name in stated and _unlike(stated[name], found[name]):
+        if name in stated and stated[name] != found[name] and _unlike(stated[name], found[name]):
             raise StoreError(
                 f"{run.path / 'manifest.json'}: cell {plain(cell)}: {name} is {plain(stated[name])!r} there, "
                 f"{found[name]!r} in the cell's id"
@@ -215,6 +221,12 @@ def coordinates(run: Run, cell: str) -> dict[str, Any]:
     if not all(isinstance(value, str) for value in known.values()):
         raise StoreError(f"{run.path / 'manifest.json'}: cell {plain(cell)}: params and selection must be text")
     return {**found, **known}
+
+
+@lru_cache(maxsize=16384)
+def _parsed_id(cell: str) -> Mapping[str, Any]:
+    """The coordinates in a cell's id, which many runs have; never to be changed."""
+    return coordinates_of(cell)
 
 
 def _unlike(stated: object, found: object) -> bool:
@@ -234,12 +246,11 @@ def collect(
     tried: dict[tuple[str, str, str], set[tuple[str, str]]] = {}
     environments: dict[str, Mapping[str, Any]] = {}
     for source in sources:
-        rows = measured(source.run)
-        for key, measurement in rows.items():
+        for key, measurement in source.measured.items():
             if quality(key[1]) and measurement.status == "ok":
                 _count_tried(tried, source, key[0])
         environments |= {name: facts for name, facts in source.run.environments().items() if isinstance(facts, dict)}
-        for one in _rows(source, rows, withdrawn):
+        for one in _rows(source, withdrawn):
             if isinstance(one, Score):
                 scores.append(one)
             else:
@@ -271,7 +282,7 @@ def _refuse_twice(scores: Sequence[Score]) -> None:
 def _count_tried(tried: dict[tuple[str, str, str], set[tuple[str, str]]], source: Source, cell: str) -> None:
     """What was ever scored counts, whether or not the manifest still lists it."""
     try:
-        known = coordinates_of(cell)
+        known = _parsed_id(cell)
     except ConfigError:
         return
     task = f"{known['data']} {known['ways']} {known['shots']} {known['queries']} {known['stream']}"
@@ -285,15 +296,13 @@ def tried_key(submitter: str, known: Mapping[str, Any]) -> tuple[str, str, str]:
     return submitter, str(known["algorithm"]), task
 
 
-def _rows(
-    source: Source, found_rows: Mapping[Key, Measurement], withdrawn: Callable[[Source, str], bool]
-) -> Iterator[Score | Cost]:
+def _rows(source: Source, withdrawn: Callable[[Source, str], bool]) -> Iterator[Score | Cost]:
     run = source.run
     for row in run.manifest["rows"]:
         key = row["cell"], row["measure"]
         if withdrawn(source, re.split(r"[\[/]", key[0], maxsplit=1)[0]):
             continue
-        found = found_rows.get(key)
+        found = source.measured.get(key)
         if found is not None and found.hash not in (row["hash"], "not-here"):
             found = None
         if quality(key[1]):
@@ -308,30 +317,32 @@ def _score(source: Source, row: Mapping[str, Any], found: Measurement | None) ->
     code = sources[:12] if isinstance(sources, str) and sources else f"run {source.name}"
     evaluation = run.manifest.get("evaluation")
     seed = evaluation.get("seed") if isinstance(evaluation, dict) else None
-    known = coordinates(run, cell)
-    base = Score(source, cell, measure, known, code, seed if isinstance(seed, int) else None)
+    base = partial(
+        Score,
+        source=source,
+        cell=cell,
+        measure=measure,
+        coordinates=coordinates(run, cell),
+        code=code,
+        episode_seed=seed if isinstance(seed, int) else None,
+    )
     if found is None:
-        return _with(base, status="missing", reason="never measured, or not with the code that the manifest names")
-    known = {**known, "backbone": plain(found.facts.get("backbone") or "")}
-    base = _with(base, coordinates=known, at=str(found.at), environment=plain(found.environment))
+        return base(status="missing", reason="never measured, or not with the code that the manifest names")
+    known = {**base.keywords["coordinates"], "backbone": plain(found.facts.get("backbone") or "")}
+    base = partial(base, coordinates=known, at=str(found.at), environment=plain(found.environment))
     if found.status != "ok":
-        return _with(base, status=plain(found.status), reason=plain(found.reason or "no reason recorded"))
+        return base(status=plain(found.status), reason=plain(found.reason or "no reason recorded"))
     scores, digest = check_scores(run, found)
     stated = found.facts.get("episodes_hash")
     if stated and stated != digest:
         raise StoreError(f"{_place(run, found)}: episodes_hash is {plain(stated)}, its episodes give {digest}")
-    return _with(
-        base,
+    return base(
         episodes_hash=digest,
         pixels=plain(found.facts.get("pixels") or ""),
         weights=plain(found.facts.get("weights") or ""),
         scores=scores,
         credit=class_credit(run, found),
     )
-
-
-def _with(score: Score, **changes: Any) -> Score:
-    return Score(**{**vars(score), **changes})
 
 
 def check_scores(run: Run, found: Measurement) -> tuple[Floats, str]:
@@ -341,24 +352,31 @@ def check_scores(run: Run, found: Measurement) -> tuple[Floats, str]:
     value, interval, sd) are not those of the scores.
     """
     where = _place(run, found)
-    samples = run.samples(found)
-    raw, ids = samples.get("scores"), samples.get("episodes")
-    if not isinstance(raw, list) or not isinstance(ids, list) or not raw:
+    raw = run.scored(found)
+    if raw is None or not raw[0]:
         raise StoreError(f"{where}: no raw scores: every figure must follow from its episodes")
-    if len(raw) != len(ids):
-        raise StoreError(f"{where}: {len(raw)} scores for {len(ids)} episodes in samples.jsonl")
+    if len(raw[0]) != len(raw[1]):
+        raise StoreError(f"{where}: {len(raw[0])} scores for {len(raw[1])} episodes in samples.jsonl")
     try:
-        names = "".join(ids).encode("utf-8", "backslashreplace")
-        scores = np.array(raw, dtype=np.float64)
+        scores = np.array(raw[0], dtype=np.float64)
     except (TypeError, ValueError):
-        raise StoreError(f"{where}: a raw score is no number, or an episode's hash no text") from None
-    if len(set(ids)) != len(ids):
-        raise StoreError(f"{where}: an episode stands twice among the {len(ids)}")
+        raise StoreError(f"{where}: a raw score is no number") from None
+    digest = _digest(raw[1])
+    if digest is None:
+        raise StoreError(f"{where}: an episode stands twice among the {len(raw[1])}")
     bound = 1.0 if "accuracy" in found.measure else math.inf
-    if scores.ndim != 1 or not np.isfinite(scores).all() or scores.min() < 0 or scores.max() > bound:
+    if scores.ndim != 1 or not (0 <= scores.min() <= scores.max() <= bound and scores.max() < math.inf):  # NaN: neither
         raise StoreError(f"{where}: a raw score is not finite or out of range")
     _agree(where, found, scores)
-    return scores, hashlib.sha256(names).hexdigest()[:12]
+    return scores, digest
+
+
+@lru_cache(maxsize=256)
+def _digest(episodes: tuple[str, ...]) -> str | None:
+    """The hash of a list of episodes, which many rows share; None where one stands twice."""
+    if len(set(episodes)) != len(episodes):
+        return None
+    return hashlib.sha256("".join(episodes).encode("utf-8", "backslashreplace")).hexdigest()[:12]
 
 
 def _agree(where: str, found: Measurement, scores: Floats) -> None:
@@ -380,13 +398,15 @@ def agree(where: str, name: str, stated: object, value: float | None, *, optiona
 
 
 def _place(run: Run, found: Measurement) -> str:
-    return f"{run.path / 'measurements.jsonl'}: {plain(found.cell)} {plain(found.measure)}"
+    return f"{run.path}/measurements.jsonl: {plain(found.cell)} {plain(found.measure)}"
 
 
 def _cost(source: Source, row: Mapping[str, Any], found: Measurement) -> Iterator[Cost]:
     known = coordinates(source.run, row["cell"])
     if known["call"]:
         return  # timed in another way than scored: several tasks a call, other steps or threads
+    if row["measure"] not in TIMES and found.value == 0:
+        return  # a method that counts no operation to adapt has no place on an axis of factors
     processes = found.facts.get("processes")
     values = processes if isinstance(processes, list) and processes else [found.value]
     if not all(isinstance(v, int | float) and not isinstance(v, bool) and 0 < v < math.inf for v in values):

@@ -8,7 +8,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from xml.sax.saxutils import escape as escape_xml
 
-from metabench.leaderboard.boards import Board, Standing
+from metabench.leaderboard.boards import Board
+from metabench.leaderboard.standings import Standing
 from metabench.leaderboard.summary import Entry, Summary
 from metabench.report import wording
 from metabench.report.markdown import escape
@@ -23,13 +24,14 @@ COLUMNS = (
 )  # fmt: skip
 SMALL = 0.01  # of a multiple: below that only the order of magnitude matters, and the CSV has it
 NAMED = 5  # leaders that a sentence names
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
+FORMULA = frozenset("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # the last four are their wide forms, which count as well
 
 
 def defused(value: object) -> object:
     """A cell that no spreadsheet takes for a formula: text that begins like one gets an apostrophe in front."""
-    text = isinstance(value, str) and value.lstrip(" ").startswith(FORMULA)
-    return f"'{value}" if text else value
+    if not isinstance(value, str) or value.lstrip(" ")[:1] not in FORMULA:
+        return value
+    return f"'{value}"
 
 
 def leaderboard_csv(boards: Sequence[Board]) -> str:

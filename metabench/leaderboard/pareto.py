@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from metabench.leaderboard.boards import Board, Standing
+from metabench.leaderboard.boards import Board
+from metabench.leaderboard.standings import Standing
 from metabench.report import wording
 from metabench.stats import Interval
 

@@ -41,9 +41,8 @@ class Differences:
     def half(self, level: float = LEVEL) -> Floats:
         """Half the width of each interval at `level`; NaN where there is none."""
         tail = np.array([(1 - level) / 2])
-        quantiles = {int(n): _quantiles(tail, int(n) - 1)[0] for n in np.unique(self.seeds)}
-        of_seeds = np.vectorize(quantiles.get, otypes=[np.float64])(self.seeds)
-        return _half(of_seeds, self.se_seeds, _quantiles(tail, self.episodes - 1)[0], self.se_episodes)
+        of_seeds = np.concatenate([_quantiles(tail, n - 1) for n in range(int(self.seeds.max()) + 1)])
+        return _half(of_seeds[self.seeds], self.se_seeds, _quantiles(tail, self.episodes - 1)[0], self.se_episodes)
 
     def p_values(self) -> Floats:
         """Two-sided, (K, K): the interval of a pair just reaches 0 at the level 1 - p. NaN without an interval."""
@@ -176,7 +175,7 @@ def rank(found: Differences, *, higher_is_better: bool, min_seeds: int = MIN_SEE
     fit = found.seeds[i, j] >= min_seeds
     p = np.where(fit, found.p_values()[i, j], 1.0)
     adjusted = np.ones((k, k))
-    adjusted[i, j] = adjusted[j, i] = holm(p.tolist())
+    adjusted[i, j] = adjusted[j, i] = holm(p)
     sign = 1 if higher_is_better else -1
     better = (adjusted < 1 - LEVEL) & (sign * np.nan_to_num(found.value) > 0)  # [i, j]: i is better than j
     low, high = 1 + better.sum(0), k - better.sum(1)

@@ -15,9 +15,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from metabench.leaderboard import files, pareto
-from metabench.leaderboard.boards import COMPARED, Board, Standing, by_environment, machine
+from metabench.leaderboard.boards import COMPARED, Board, by_environment
 from metabench.leaderboard.collect import Source, plain
 from metabench.leaderboard.pareto import Axis
+from metabench.leaderboard.standings import Standing, machine
 from metabench.leaderboard.summary import Summary
 from metabench.report import wording
 from metabench.stats import Interval

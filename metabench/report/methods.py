@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from metabench.cells import in_seconds
 from metabench.report.model import RunData
 from metabench.stats import Interval, cluster_interval, mean_interval, paired_difference, seeds_interval
 
@@ -53,7 +53,7 @@ class Method:
     @property
     def budget_in_seconds(self) -> bool:
         """Whether training ended by the clock (a train_spec such as 5w1s15q*75s): never ranked."""
-        return re.search(r"\*[0-9][0-9.e+-]*s$", first(self.rows, "train_spec")) is not None
+        return in_seconds(first(self.rows, "train_spec"))
 
     @cached_property
     def quality(self) -> Interval | None:

@@ -1,0 +1,248 @@
+"""One method on one board: its seeds and scores, its cost, how far it is trusted, and what a reader must know of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from metabench.cells import in_seconds
+from metabench.leaderboard.collect import LOCAL, Collected, Score, Trust, is_control, plain, tried_key
+from metabench.leaderboard.costs import ByRun, Time, flops, of_method, relative, times
+from metabench.leaderboard.protocols import Protocol
+from metabench.stats import Floats, Interval, cluster_interval, seeds_interval
+
+
+@dataclass(frozen=True, eq=False)
+class Standing:
+    """One method on one board.
+
+    `table` (S, E) are its scores by seed of `seeds` and test episode. `rank` is the interval of its rank and `group`
+    its tie groups, where it is ranked; `remarks` say why it is not, and what else a reader must know. `relative` is the
+    time of adapting as a multiple of the yardstick's in the same run, `flops` the operations of adapting to one task.
+    `tried` counts the configurations of this algorithm that its submitter scored on this task. `barred`: never ranked,
+    as some of its seeds have no result or its budget was in seconds. `status` is ok, or what became of its rows. `card`
+    is its protocol in words.
+    """
+
+    label: str
+    algorithm: str
+    submitter: str
+    control: bool
+    trust: Trust
+    status: str
+    reason: str
+    seeds: tuple[int, ...]
+    table: Floats | None
+    quality: Interval | None
+    by_class: Interval | None
+    relative: Interval | None
+    flops: float | None
+    times: tuple[Time, ...]
+    tried: int
+    barred: bool
+    runs: tuple[str, ...]
+    settings: Mapping[str, str]
+    card: tuple[tuple[str, str], ...]
+    remarks: tuple[str, ...] = ()
+    rank: tuple[int, int] | None = None
+    group: str = ""
+
+    @property
+    def rank_text(self) -> str:
+        """'2' or '1-3'; empty where it is not ranked."""
+        if self.rank is None:
+            return ""
+        low, high = self.rank
+        return str(low) if low == high else f"{low}–{high}"
+
+
+def methods(scores: Iterable[Score]) -> list[list[Score]]:
+    """Rows of one method: the same submitter, code and settings; controls are pooled whoever ran them."""
+    groups: dict[tuple[Any, ...], list[Score]] = {}
+    for score in scores:
+        known = score.coordinates
+        control = is_control(known["algorithm"])
+        who = ("", "") if control else (score.source.submitter, score.code)
+        key = tuple(known[name] for name in ("algorithm", "params", "norm", "precision", "train_spec", "selection"))
+        groups.setdefault((*who, *key), []).append(score)
+    return list(groups.values())
+
+
+def standing(group: Sequence[Score], protocol: Protocol, found: Collected, costs: ByRun) -> Standing:
+    """One method's standing on a board, before any ranking: its rows pooled over seeds."""
+    kept, doubled = _seeds(group)
+    good = [score for score in kept if score.scores is not None]
+    bad = [score for score in kept if score.scores is None]
+    first, known = (good or list(kept))[0], (good or list(kept))[0].coordinates
+    control = is_control(known["algorithm"])
+    table = np.stack([s.scores for s in good if s.scores is not None]) if good else None
+    quality = None if table is None else seeds_interval(table)
+    remarks = _remarks(protocol, known, quality, good, bad, doubled, control)
+    submitter = "" if control else first.source.submitter
+    mine = of_method(group, costs)
+    tried = max(found.tried.get(tried_key(s.source.submitter, s.coordinates), 1) for s in group)
+    made = Standing(
+        label=plain(known["algorithm"], 80),
+        algorithm=plain(known["algorithm"], 80),
+        submitter=submitter,
+        control=control,
+        trust=_trust(good or kept),
+        status="ok" if good else bad[-1].status,
+        reason="" if good else bad[-1].reason,
+        seeds=tuple(score.coordinates["seed"] for score in good),
+        table=table,
+        quality=quality,
+        by_class=_by_class(good),
+        relative=relative(mine, costs),
+        flops=flops(mine),
+        times=times(mine),
+        tried=tried,
+        barred=bool(good and bad) or in_seconds(known["train_spec"]),
+        runs=tuple(dict.fromkeys(score.source.name for score in kept)),
+        settings=_settings(first),
+        card=(),
+        remarks=tuple(remarks),
+    )
+    return replace(made, card=_card(made, first, group, found))
+
+
+def _seeds(group: Sequence[Score]) -> tuple[list[Score], int]:
+    """One row per seed, in the order of seeds, and how many were left out: the earliest result counts, never the best.
+
+    A run of one's own goes before one that was handed in (it can only concern controls, which are pooled).
+    """
+    by_seed: dict[int, list[Score]] = {}
+    for score in group:
+        by_seed.setdefault(score.coordinates["seed"], []).append(score)
+    kept, left = [], 0
+    for _, scores in sorted(by_seed.items()):
+        results = [s for s in scores if s.scores is not None]
+        kept.append(min(results or scores, key=lambda s: (s.source.submitter != LOCAL, s.at)))
+        left += max(0, len(results) - 1)
+    return kept, left
+
+
+def _trust(scores: Sequence[Score]) -> Trust:
+    """Of pooled rows the least."""
+    order: tuple[Trust, ...] = ("claimed", "recomputed", "re-run")
+    return min((score.trust for score in scores), key=order.index)
+
+
+def _by_class(good: Sequence[Score]) -> Interval | None:
+    if not good or not all(score.credit for score in good):
+        return None
+    queries: dict[int, int] = {}
+    credit: dict[int, float] = {}
+    for score in good:
+        for name, (n, sum_of) in score.credit.items():
+            queries[name] = queries.get(name, 0) + n
+            credit[name] = credit.get(name, 0.0) + sum_of
+    return cluster_interval([credit[name] for name in queries], list(queries.values()))
+
+
+def _remarks(
+    protocol: Protocol,
+    known: Mapping[str, Any],
+    quality: Interval | None,
+    good: Sequence[Score],
+    bad: Sequence[Score],
+    doubled: int,
+    control: bool,
+) -> list[str]:
+    said = []
+    if good and bad:
+        said.append(f"{len(bad)} of {len(good) + len(bad)} seeds {bad[-1].status} ({bad[-1].reason}): not ranked")
+    if in_seconds(known["train_spec"]):
+        said.append("trained for a number of seconds, which repeats on no other machine: not ranked")
+    if quality and protocol.chance and not control and quality.value < 2 * protocol.chance:
+        said.append(f"under-trained at this budget: below twice chance ({200 * protocol.chance:g} %)")
+    if doubled:
+        said.append(f"{doubled} repeated results of the same seeds left out: the earliest counts, never the best")
+    if quality and quality.sd == 0 and not control and len(good) > 1:
+        said.append("no variation between seeds: the interval speaks of episodes alone")
+    return said
+
+
+def labelled(standings: Sequence[Standing]) -> list[Standing]:
+    """Each algorithm's name with the settings that tell it from its other rows; who handed it in is a column."""
+    by_name: dict[str, list[Standing]] = {}
+    for one in standings:
+        by_name.setdefault(one.algorithm, []).append(one)
+    differing = {name: _differing(siblings) for name, siblings in by_name.items()}
+    named = []
+    for one in standings:
+        told = [f"{key}={value}" for key, value in one.settings.items() if key in differing[one.algorithm]]
+        named.append(replace(one, label=plain(" ".join([one.algorithm, *told]), 160)))
+    return named
+
+
+def _differing(siblings: Sequence[Standing]) -> set[str]:
+    """The settings that tell rows of one algorithm apart; none where the submitters do."""
+    if len({s.submitter for s in siblings}) == len(siblings):
+        return set()
+    names = {name for one in siblings for name in one.settings}
+    return {name for name in names if len({one.settings.get(name) for one in siblings}) > 1}
+
+
+def _settings(score: Score) -> dict[str, str]:
+    """All that may tell two rows of an algorithm apart, as text."""
+    known = score.coordinates
+    text = known["params"]
+    try:
+        params = json.loads(text) if text else {}
+    except (ValueError, RecursionError):
+        params = {"params": text}
+    params = params if isinstance(params, dict) else {"params": text}
+    rest = {name: known[name] for name in ("train_spec", "selection", "precision")}
+    own = {plain(key, 40): plain(json.dumps(value), 60).strip('"') for key, value in params.items()}
+    return {"train": plain(rest["train_spec"]), **own, "precision": rest["precision"], "code": plain(score.code)}
+
+
+def _card(one: Standing, first: Score, group: Sequence[Score], found: Collected) -> tuple[tuple[str, str], ...]:
+    """Everything that a reader needs to judge the row, or to make it again."""
+    known = first.coordinates
+    machines = dict.fromkeys(score.environment for score in group if score.environment)
+    codes = dict.fromkeys(score.code for score in group)
+    entries: list[tuple[str, object]] = [
+        ("submitted by", one.submitter or "this board's maintainers"),
+        ("trust", one.trust),
+        *(("re-run", f"seed {score.coordinates['seed']}: {score.rerun}") for score in group if score.rerun),
+        ("runs", ", ".join(one.runs)),
+        ("training seeds", ", ".join(map(str, one.seeds))),
+        ("parameters", known["params"] if known["params"] not in ("", "{}") else "none"),
+        ("backbone", known.get("backbone", "")),
+        ("training", known["train_spec"] or "none"),
+        ("weights", known["selection"]),
+        ("norm", f"{known['norm']} ({known['bn_mode']})"),
+        ("precision", f"{known['precision']} on {', '.join(dict.fromkeys(s.coordinates['device'] for s in group))}"),
+        (
+            "data",
+            f"{known['data']}, {known['ways'] or ''} ways, {known['shots'] or ''} shots, {known['queries']} queries",
+        ),
+        ("episodes hash", first.episodes_hash),
+        ("sources", ", ".join(codes)),
+        (
+            "made by",
+            ", ".join(dict.fromkeys(f"metabench {s.source.run.manifest.get('metabench', '?')}" for s in group)),
+        ),
+        ("configurations tried", one.tried),
+        ("machines", "; ".join(f"{name}: {machine(found.environments.get(name, {}))}" for name in machines)),
+    ]
+    return tuple((name, plain(value, 1000)) for name, value in entries if value not in ("", None))
+
+
+def machine(facts: Mapping[str, Any]) -> str:
+    """An environment in words."""
+    if not facts:
+        return "not described"
+    parts = (
+        facts.get("gpu") or facts.get("cpu"),
+        f"{facts.get('cores')} cores",
+        f"{facts.get('threads')} threads",
+        f"torch {facts.get('torch')}",
+    )
+    return plain(", ".join(str(part) for part in parts if part and "None" not in str(part)))
