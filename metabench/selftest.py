@@ -265,11 +265,11 @@ def show(found: SelfTest, console: Console) -> None:
     names = ("row", "spread", "A/A", "false", *(f"+{share:.0%}" for share in shares), "pairs for 5%")
     for name in names:
         table.add_column(name, justify="left" if name == "row" else "right", overflow="fold")
-    for row in found.rows:
+    for name, row in zip(_names(found.rows), found.rows, strict=True):
         rates = [f"{r.hits}/{r.trials}\n{row.measured[share]:+.1%}" for share, r in row.found.items()]
         alarms = f"{row.alarms.hits}/{row.alarms.trials}"
         needed = "too noisy" if row.pairs is None else str(row.pairs)
-        cells = [f"{row.cell} {row.measure}", f"{row.spread:.2%}", f"{row.shift:+.2%}", alarms, *rates, needed]
+        cells = [name, f"{row.spread:.2%}", f"{row.shift:+.2%}", alarms, *rates, needed]
         table.add_row(*map(Text, cells))
     console.print(table)
     rules = found.rules
@@ -290,6 +290,15 @@ def show(found: SelfTest, console: Console) -> None:
             Text(f"{noisy} rows are too noisy here for a gate of 5 %: leave them out, or quieten the machine")
         )
     console.print(Text(f"recommended for this machine:\n{as_yaml(found.recommended)}"), end="")
+
+
+def _names(rows: Sequence[RowReport]) -> list[str]:
+    """Short names of the kernels, such as 'maml glyphs 5w1s1q adapt'; whole ids where these would not be unique."""
+    names = []
+    for row in rows:
+        algorithm, data, task, *_ = (part.partition("[")[0] for part in row.cell.split("/"))
+        names.append(f"{algorithm} {data} {task} {row.measure.removesuffix('_time')}")
+    return names if len({*names}) == len(names) else [f"{row.cell} {row.measure}" for row in rows]
 
 
 def _rate(rate: Rate) -> str:

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import secrets
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -27,6 +28,7 @@ from metabench.cells import KERNEL_MEASURES
 from metabench.errors import StoreError
 
 SCHEMA_VERSION = 1
+SAMPLES_BUFFER = 2**18  # bytes: rows are read mostly in the order in which they were written
 MANIFEST_KEYS = frozenset({"suite", "cells", "rows", "controls"})  # what reading a run relies on
 Status = Literal["ok", "skipped", "failed", "timeout", "diverged"]
 FINAL: frozenset[str] = frozenset({"ok", "skipped"})  # the others are pending again on the next run
@@ -75,6 +77,7 @@ class Run:
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path, self.manifest = path, manifest
+        self._samples: IO[bytes] | None = None  # open from the first row that is read: a run has thousands
 
     @classmethod
     def create(cls, out: Path, suite: str, manifest: Mapping[str, Any]) -> Run:
@@ -258,9 +261,11 @@ class Run:
         if measurement.samples is None:
             return b""
         try:
-            with (self.path / "samples.jsonl").open("rb") as handle:
-                handle.seek(measurement.samples)
-                return handle.readline()
+            if self._samples is None:
+                self._samples = (self.path / "samples.jsonl").open("rb", buffering=SAMPLES_BUFFER)
+                weakref.finalize(self, self._samples.close)
+            self._samples.seek(measurement.samples)
+            return self._samples.readline()
         except OSError as error:
             raise self._damaged(measurement) from error
 

@@ -6,7 +6,6 @@ has a limit, what did not fit is counted.
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import math
@@ -22,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from metabench.errors import ConfigError, did_you_mean
+from metabench.spreadsheet import table
 from metabench.verdicts import ORDER, Absent, Findings, Outcome, Scale, Verdict, overall
 
 FORMATS = ("table", "md", "csv", "json")
@@ -229,15 +229,14 @@ def _code(text: str) -> str:
 
 def as_csv(findings: Sequence[Findings]) -> str:
     """One line per row of every comparison: the fields of `Verdict`, rows without a verdict by their status."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("comparison", *FIELDS))
-    for one in findings:
-        for row in one.sorted:
-            writer.writerow([one.title, *("" if (v := getattr(row, f)) is None else v for f in FIELDS)])
-        for absent in one.absent:
-            writer.writerow([one.title, absent.status, absent.cell, absent.measure, *[""] * 7, absent.reason])
-    return out.getvalue()
+    return table(("comparison", *FIELDS), (record for one in findings for record in _records(one)))
+
+
+def _records(one: Findings) -> Iterable[dict[str, object]]:
+    for row in one.sorted:
+        yield {"comparison": one.title, **{field: getattr(row, field) for field in FIELDS}}
+    for absent in one.absent:
+        yield {"comparison": one.title, "outcome": absent.status, **vars(absent)}
 
 
 def as_json(findings: Sequence[Findings]) -> str:

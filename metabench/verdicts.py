@@ -74,6 +74,8 @@ class Control:
 
 ORDER: tuple[Outcome, ...] = ("regressed", "inconclusive", "incomparable", "improved", "unchanged")
 """Flagged rows first, as every output lists them."""
+SCALES: tuple[Scale, ...] = ("points", "error", "ratio", "exact")
+"""Among equal outcomes scores first, then times, then counts."""
 
 
 def overall(verdicts: Iterable[Verdict]) -> Outcome:
@@ -130,8 +132,10 @@ class Findings:
 
     @property
     def sorted(self) -> tuple[Verdict, ...]:
-        """The verdicts, flagged rows first, the largest change of a kind first."""
-        return tuple(sorted(self.verdicts, key=lambda v: (ORDER.index(v.outcome), v.scale, -abs(v.change or 0.0))))
+        """The verdicts, flagged rows first; of these scores before times before counts, the largest change first."""
+        return tuple(
+            sorted(self.verdicts, key=lambda v: (ORDER.index(v.outcome), SCALES.index(v.scale), -abs(v.change or 0.0)))
+        )
 
 
 ASKED = ("inconclusive", "incomparable", "missing")

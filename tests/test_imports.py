@@ -41,7 +41,8 @@ ALLOWED: dict[str, set[str]] = {
     "joint": {"thresholds", "verdicts"},
     "sides": {"cells", "store"},
     "compare": {"cells", "environment", "joint", "sides", "stats", "thresholds", "verdicts"},
-    "verdict_report": {"verdicts"},
+    "spreadsheet": NOBODY,
+    "verdict_report": {"spreadsheet", "verdicts"},
     "export": {"sides", "verdict_report"},
     "report": {"cells", "environment", "report", "roofline", "store", "stats"},
     "leaderboard": {
@@ -52,6 +53,7 @@ ALLOWED: dict[str, set[str]] = {
         "plan",
         "report",
         "runner",
+        "spreadsheet",
         "stats",
         "store",
         "suite",
@@ -137,6 +139,7 @@ PLAIN = (
     "suite", "cells", "suitefile", "catalogue", "store", "environment", "stats", "roofline", "verdicts", "doctor",
     "plan", "workers", "costs", "runner", "report", "cli", "thresholds", "joint", "sides", "compare", "verdict_report",
     "export", "leaderboard", "signedranks", "judging", "revisions", "pairs", "gate", "selftest", "trials",
+    "spreadsheet",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

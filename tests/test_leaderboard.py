@@ -11,7 +11,7 @@ from conftest import metabench
 from leaderboard_runs import cell_of, edited, row, run_of, trials
 from scipy import stats as scipy_stats
 
-from metabench import stats
+from metabench import spreadsheet, stats
 from metabench.errors import ConfigError, NothingRan, StoreError
 from metabench.leaderboard import files, leaderboard, ranking
 from metabench.leaderboard.boardfile import read_board
@@ -348,8 +348,8 @@ def test_text_of_others_is_never_code(tmp_path, rng):
 
 @pytest.mark.parametrize("text", ["=1", "+1", "-1", "@x", "\tx", "\rx", "  =1", "\n=1", "\uff1d1", "\uff201"])
 def test_formulas_are_defused(text):
-    assert files.defused(text).startswith("'")
-    assert files.defused(-1.5) == -1.5 and files.defused("maml") == "maml"
+    assert spreadsheet.defused(text).startswith("'")
+    assert spreadsheet.defused(-1.5) == -1.5 and spreadsheet.defused("maml") == "maml"
 
 
 def test_text_cannot_turn_the_writing_around():

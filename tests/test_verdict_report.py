@@ -120,6 +120,19 @@ def test_every_format_lists_flagged_rows_first_and_says_what_is_absent():
     assert (content["verdict"], content["rows"][0]["detectable"], len(content["absent"])) == ("regressed", 0.031, 2)
 
 
+def test_scores_come_before_times_and_times_before_counts():
+    scales = ("exact", "ratio", "points", "error", "ratio")
+    found = findings(*(verdict("unchanged", scale=scale, change=0.01 * n) for n, scale in enumerate(scales)))
+    assert [row.scale for row in found.sorted] == ["points", "error", "ratio", "ratio", "exact"]
+    assert [row.change for row in found.sorted][2:4] == [0.04, 0.01], "the largest change first"
+
+
+def test_no_text_of_a_result_becomes_a_formula():
+    (row, absent) = csv.DictReader(io.StringIO(out.as_csv([findings(verdict(cell="=1+1"), absent=(FAILED,))])))
+    assert row["cell"] == "'=1+1" and row["change"] == "0.071"
+    assert (absent["outcome"], absent["change"], absent["reason"]) == ("failed", "", "out of memory")
+
+
 def test_an_unknown_format_is_refused():
     with pytest.raises(ConfigError, match="no format 'xml'"):
         out.render([findings()], "xml")

@@ -22,6 +22,7 @@ from metabench.leaderboard.boards import Board, boards
 from metabench.leaderboard.collect import Source, collect, regular, source_of
 from metabench.leaderboard.summary import Summary, summaries
 from metabench.report.model import RESULT_COLUMNS
+from metabench.spreadsheet import table
 
 __all__ = ["Audit", "Board", "Built", "Summary", "leaderboard", "pack", "verify"]
 
@@ -149,7 +150,7 @@ def _folders(sources: Sequence[Source]) -> dict[int, str]:
 def _copy(source: Source, folder: Path) -> None:
     """The raw rows beside the page, and results.csv made anew with formulas defused."""
     rows = source.run.rows(source.measured)
-    bundle.write(folder / "results.csv", files.table(RESULT_COLUMNS, rows).encode("utf-8", "replace"))
+    bundle.write(folder / "results.csv", table(RESULT_COLUMNS, rows).encode("utf-8", "replace"))
     for name in RAW:
         if (file := regular(source.run, name)) is not None:
             try:

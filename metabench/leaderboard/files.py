@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from xml.sax.saxutils import escape as escape_xml
 
 from metabench.leaderboard.boards import Board
@@ -13,6 +11,7 @@ from metabench.leaderboard.standings import Standing
 from metabench.leaderboard.summary import Entry, Summary
 from metabench.report import wording
 from metabench.report.markdown import escape
+from metabench.spreadsheet import table
 from metabench.stats import Interval
 
 COLUMNS = (
@@ -24,28 +23,11 @@ COLUMNS = (
 )  # fmt: skip
 SMALL = 0.01  # of a multiple: below that only the order of magnitude matters, and the CSV has it
 NAMED = 5  # leaders that a sentence names
-FORMULA = frozenset("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # the last four are their wide forms, which count as well
-
-
-def defused(value: object) -> object:
-    """A cell that no spreadsheet takes for a formula: text that begins like one gets an apostrophe in front."""
-    if not isinstance(value, str) or value.lstrip(" ")[:1] not in FORMULA:
-        return value
-    return f"'{value}"
 
 
 def leaderboard_csv(boards: Sequence[Board]) -> str:
     """One line for each row of each board; empty where there is no value."""
     return table(COLUMNS, (_record(board, one) for board in boards for one in board.standings))
-
-
-def table(columns: Sequence[str], records: Iterable[Mapping[str, object]]) -> str:
-    """Records as CSV with formulas defused."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([defused(record.get(name)) for name in columns] for record in records)
-    return out.getvalue()
 
 
 def _record(board: Board, one: Standing) -> dict[str, object]:
