@@ -17,7 +17,7 @@ from metabench.report.load import load
 from metabench.store import Run
 
 ROOT = Path(__file__).resolve().parent.parent
-PART = re.compile(r"<!-- (table|published|peers|file): (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+PART = re.compile(r"<!-- (table|published|peers|board|file): (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def filled(text: str) -> str:
@@ -30,6 +30,9 @@ def _part(kind: str, name: str) -> str:
     if kind == "file":
         language = "python" if path.suffix == ".py" else "yaml"
         return f"```{language}\n{path.read_text(encoding='utf-8')}```\n"
+    if kind == "board":  # the first of the leaderboard's boards, after the table of all
+        sections = re.split(r"(?=^### )", (path / "leaderboard.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+        return f"{sections[2].rstrip()}\n"
     runs = sorted(file.parent for file in path.rglob("manifest.json"))
     if kind == "published":
         return published_table.table(runs)
