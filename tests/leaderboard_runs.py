@@ -33,7 +33,7 @@ def run_of(out, rows, *, ids=None, seed=0, at="2026-01-01T00:00:00+00:00", name=
     """A run folder of these rows; episodes are named by `ids`, or e0, e1 ..."""
     stable = {**STABLE, **(stable or {})}
     place = environment.name(stable)
-    cells = {one["cell"]: {"cell": one["cell"], **_stated(one["cell"])} for one in rows}
+    cells = {one["cell"]: {"cell": one["cell"], **stated(one["cell"])} for one in rows}
     listed = [{"cell": o["cell"], "measure": o["measure"], "hash": "h", "sources": o["sources"]} for o in rows]
     episodes = max((len(o["scores"]) for o in rows if o["measure"] == "accuracy"), default=0)
     manifest = {"suite": "s", "controls": [], "cells": cells, "rows": listed, "metabench": "0.1.0", "at": at}
@@ -48,7 +48,7 @@ def run_of(out, rows, *, ids=None, seed=0, at="2026-01-01T00:00:00+00:00", name=
     return run.path
 
 
-def _stated(cell):
+def stated(cell):
     known = coordinates_of(cell)
     trained = {"selection": "last" if known["train_spec"] else ""}
     keep = {k: v for k, v in known.items() if k not in ("trained", "data", "call")}

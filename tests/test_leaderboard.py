@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 from conftest import metabench
-from leaderboard_runs import cell_of, edited, row, run_of, trials
+from leaderboard_runs import cell_of, edited, row, run_of, stated, trials
 from scipy import stats as scipy_stats
 
 from metabench import spreadsheet, stats
@@ -291,6 +291,30 @@ def many(tmp_path, rng, names, datasets, *, missing=()):
             if (name, data) not in missing:
                 rows += rows_of({name: trials(rng, 0.8 - 0.1 * place + 0.01 * number)}, data=f"{data}[s]")
     return made(run_of(tmp_path, rows))
+
+
+def test_what_is_only_declared_is_named_and_takes_no_row(tmp_path, rng):
+    rows = [row("protonet", n, scores) for n, scores in enumerate(trials(rng, 0.9))]
+    path = run_of(tmp_path, rows)
+    manifest = json.loads((path / "manifest.json").read_text())
+    for cell in (cell_of("maml", 0), cell_of("maml", 0, task="20w1s15q"), cell_of("protonet", 3)):
+        manifest["cells"][cell] = {"cell": cell, **stated(cell)}
+        manifest["rows"].append({"cell": cell, "measure": "accuracy", "hash": "h", "sources": rows[0]["sources"]})
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    (board,) = boards(collect([source_of(Run.open(path))]))
+    assert "declared, and not measured yet: maml" in board.remarks, "and there is no board of the untried task"
+    assert [one.algorithm for one in board.standings].count("maml") == 0
+    assert len([one for one in board.standings if one.algorithm == "protonet"]) >= 1
+
+
+def test_a_run_that_is_no_longer_shown_leaves_the_site(tmp_path, rng):
+    first, second = (run_of(tmp_path / name, rows_of({name: trials(rng, 0.9)})) for name in ("protonet", "maml"))
+    leaderboard([first, second], tmp_path / "site")
+    mine = tmp_path / "site" / "runs" / "notes"
+    mine.mkdir()
+    (mine / "of-my-own.txt").write_text("stays")
+    leaderboard([first], tmp_path / "site")
+    assert {one.name for one in (tmp_path / "site" / "runs").iterdir()} == {first.name, "notes"}
 
 
 def test_a_missing_cell_is_shown_and_never_averaged_away(tmp_path, rng):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -26,6 +26,7 @@ from metabench.spreadsheet import table
 
 __all__ = ["Audit", "Board", "Built", "Summary", "leaderboard", "pack", "verify"]
 
+TABLE = "results.csv"
 RAW = ("manifest.json", "environment.json", "measurements.jsonl", "samples.jsonl")
 
 
@@ -95,6 +96,7 @@ def leaderboard(
         bundle.write(out / "leaderboard.csv", files.leaderboard_csv(made).encode())
         bundle.write(out / "leaderboard.md", markdown.encode())
         bundle.write(out / "badge.svg", files.badge_svg(made).encode())
+        _clear(out / "runs", keep=set(folders.values()))
         for one in kept:
             _copy(one, out / "runs" / folders[id(one)])
         bundle.write(out / "index.html", page.encode("utf-8", "backslashreplace"))
@@ -147,10 +149,18 @@ def _folders(sources: Sequence[Source]) -> dict[int, str]:
     return names
 
 
+def _clear(runs: Path, *, keep: Collection[str]) -> None:
+    """Remove what an earlier build copied there and this one does not show: a run that was withdrawn is to be gone."""
+    for folder in runs.iterdir() if runs.is_dir() else ():
+        ours = folder.is_dir() and not folder.is_symlink() and {f.name for f in folder.iterdir()} <= {*RAW, TABLE}
+        if ours and folder.name not in keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def _copy(source: Source, folder: Path) -> None:
     """The raw rows beside the page, and results.csv made anew with formulas defused."""
     rows = source.run.rows(source.measured)
-    bundle.write(folder / "results.csv", table(RESULT_COLUMNS, rows).encode("utf-8", "replace"))
+    bundle.write(folder / TABLE, table(RESULT_COLUMNS, rows).encode("utf-8", "replace"))
     for name in RAW:
         if (file := regular(source.run, name)) is not None:
             try:

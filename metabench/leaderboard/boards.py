@@ -7,13 +7,13 @@ wherever they were computed; times are never compared between environments.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
-from metabench.leaderboard.collect import Collected
+from metabench.leaderboard.collect import MISSING, Collected, Score, plain
 from metabench.leaderboard.costs import by_run
 from metabench.leaderboard.protocols import Protocol, by_protocol
 from metabench.leaderboard.ranking import MIN_SEEDS, Differences, Ranking, differences, rank
@@ -69,18 +69,35 @@ class Board:
 
 
 def boards(found: Collected, *, min_seeds: int = MIN_SEEDS) -> list[Board]:
-    """One board per protocol, in the order of the results. See the module."""
+    """One board per protocol that anything was tried on, in the order of the results. See the module."""
     costs = by_run(found.costs)
     made: list[Board] = []
     for protocol, scores in by_protocol(found.scores):
-        standings = [standing(group, protocol, found, costs) for group in methods(scores)]
-        made.append(_board(len(made) + 1, protocol, labelled(standings), min_seeds))
+        tried, waiting = _apart(methods(scores))
+        if tried:
+            standings = [standing(group, protocol, found, costs) for group in tried]
+            board = _board(len(made) + 1, protocol, labelled(standings), min_seeds)
+            made.append(replace(board, remarks=(*board.remarks, *_waiting(waiting))))
     names = [board.protocol.title for board in made]
     titles = [_title(board, [b for b in made if names[b.number - 1] == names[board.number - 1]]) for board in made]
     return [
         replace(b, title=f"{t} · episodes {b.protocol.episodes_hash or 'unknown'}" if titles.count(t) > 1 else t)
         for b, t in zip(made, titles, strict=True)
     ]
+
+
+def _apart(groups: Iterable[list[Score]]) -> tuple[list[list[Score]], list[list[Score]]]:
+    """Methods with a result or a failure, and those that a run only declares: nobody has tried these yet."""
+    tried: list[list[Score]] = []
+    waiting: list[list[Score]] = []
+    for group in groups:
+        (waiting if all(score.status == MISSING for score in group) else tried).append(group)
+    return tried, waiting
+
+
+def _waiting(groups: Sequence[Sequence[Score]]) -> list[str]:
+    names = dict.fromkeys(plain(group[0].coordinates["algorithm"], 80) for group in groups)
+    return [f"declared, and not measured yet: {', '.join(names)}"] if names else []
 
 
 def _title(board: Board, namesakes: Sequence[Board]) -> str:

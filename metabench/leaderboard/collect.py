@@ -177,6 +177,7 @@ def check_manifest(run: Run) -> None:
         seen.add(key)
 
 
+MISSING = "missing"  # the status of a row that is declared and has no measurement
 TEXTS = ("cell", "measure", "status", "reason", "unit", "hash", "environment", "at")
 NUMBERS = ("n", "value", "ci_low", "ci_high", "sd", "samples")
 
@@ -327,7 +328,7 @@ def _score(source: Source, row: Mapping[str, Any], found: Measurement | None) ->
         episode_seed=seed if isinstance(seed, int) else None,
     )
     if found is None:
-        return base(status="missing", reason="never measured, or not with the code that the manifest names")
+        return base(status=MISSING, reason="never measured, or not with the code that the manifest names")
     known = {**base.keywords["coordinates"], "backbone": plain(found.facts.get("backbone") or "")}
     base = partial(base, coordinates=known, at=str(found.at), environment=plain(found.environment))
     if found.status != "ok":
