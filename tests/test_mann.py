@@ -59,7 +59,7 @@ class Slow:
         self.a = a = algorithm
         self.h, self.c = torch.zeros(a.units).double(), torch.zeros(a.units).double()
         self.r = [torch.zeros(a.width).double() for _ in range(a.heads)]
-        self.memory = [torch.full((a.width,), 1e-6).double() for _ in range(a.slots)]
+        self.memory = [torch.full((a.width,), 1e-6, dtype=torch.float64) for _ in range(a.slots)]
         self.usage = [torch.tensor(float(i == 0)).double() for i in range(a.slots)]
         self.read = [[torch.tensor(float(i == 0)).double() for i in range(a.slots)] for _ in range(a.heads)]
 
@@ -144,9 +144,7 @@ def test_answers_are_the_equations(seed: int, shots: int, written: str, write_to
     algorithm = make(seed=seed, written=written, write_to=write_to, read_weights=read_weights)
     one = episode(seed, shots=shots)
     expected = slow(algorithm, one)
-    # a query's slots are never written out: an empty one's squared length, beside an epsilon of 1e-8, is a difference
-    # of products, whose rounding can be some 1e-11 of the answer
-    assert torch.allclose(answer(algorithm, one), expected, rtol=1e-9, atol=1e-9)
+    assert torch.allclose(answer(algorithm, one), expected, rtol=1e-10, atol=1e-11)
     assert expected.std() > 1e-3
 
 
