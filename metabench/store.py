@@ -25,6 +25,7 @@ from typing import IO, Any, Literal
 from pydantic_core import from_json
 
 from metabench.cells import KERNEL_MEASURES
+from metabench.disk import write_whole
 from metabench.errors import StoreError
 
 SCHEMA_VERSION = 1
@@ -304,14 +305,8 @@ class Run:
             StoreError: the disk is full or the folder cannot be written.
         """
         target = self.path / name
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
         with _disk(self.path):
-            try:
-                temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-                temporary.replace(target)
-            except OSError:
-                temporary.unlink(missing_ok=True)
-                raise
+            write_whole(target, text.encode("utf-8", "backslashreplace"))
         return target
 
     def environments(self) -> dict[str, Any]:

@@ -7,7 +7,6 @@ its bytes, so that a row which names it says exactly which weights it means.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from metabench import training
+from metabench.disk import write_whole
 from metabench.errors import ConfigError, StoreError
 from metabench.measure import Job, Workshop, bind, build, reason_of, run_job
 
@@ -77,13 +77,10 @@ def _keep(job: Job, emit: Emit) -> str:
 
 
 def _write(file: Path, data: bytes) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        temporary.replace(file)
+        write_whole(file, data)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise StoreError(f"{file.parent}: cannot write the weights ({error.strerror or error})") from error
 
 

@@ -35,7 +35,8 @@ ALLOWED: dict[str, set[str]] = {
     # the plain half
     "stats": NOBODY,
     "environment": NOBODY,
-    "store": {"cells"},
+    "disk": NOBODY,
+    "store": {"cells", "disk"},
     "roofline": NOBODY,
     "verdicts": NOBODY,
     "joint": {"thresholds", "verdicts"},
@@ -48,6 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "leaderboard": {
         "catalogue",
         "cells",
+        "disk",
         "environment",
         "leaderboard",
         "plan",
@@ -111,7 +113,7 @@ ALLOWED: dict[str, set[str]] = {
         "trials",
     },
     "runner": {"costs", "plan", "store", "environment", "stats", "workers", *SUITES},
-    "weights": {"measure", "training"},
+    "weights": {"disk", "measure", "training"},
     "worker": {"bench", "catalogue", "environment", "measure", "scoring", "weights"},
     "probe": {"environment", "roofs", "timing"},
     "doctor": {"environment"},
@@ -139,7 +141,7 @@ PLAIN = (
     "suite", "cells", "suitefile", "catalogue", "store", "environment", "stats", "roofline", "verdicts", "doctor",
     "plan", "workers", "costs", "runner", "report", "cli", "thresholds", "joint", "sides", "compare", "verdict_report",
     "export", "leaderboard", "signedranks", "judging", "revisions", "pairs", "gate", "selftest", "trials",
-    "spreadsheet",
+    "spreadsheet", "disk",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

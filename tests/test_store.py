@@ -180,7 +180,7 @@ def test_a_derived_file_is_whole_or_absent(run, monkeypatch):
         path.touch()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(StoreError, match="No space left"):
         run.write("results.csv", "new")
     assert (run.path / "results.csv").read_bytes() == b"old"

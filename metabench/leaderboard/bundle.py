@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from metabench.disk import write_whole
 from metabench.errors import ConfigError, StoreError
 from metabench.leaderboard.collect import SUBMISSION, plain, regular
 from metabench.store import Run
@@ -84,35 +85,27 @@ def _learned(run: Run) -> dict[str, Path]:
 
 def write(file: Path, data: bytes) -> None:
     """Write a file in one move. Raises StoreError where the disk refuses."""
-    temporary = file.with_name(f".{file.name}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        temporary.replace(file)
+        write_whole(file, data)
     except OSError as error:
         raise StoreError(f"{file}: cannot be written ({error.strerror or error})") from error
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[Run]:
+def reading(path: Path) -> Iterator[Run]:
     """A run folder, or a bundle unpacked for as long as it is read.
 
     Raises:
-        StoreError: neither; a bundle that is damaged, holds a file that its hashes do not name, or is too large.
+        StoreError: neither; a bundle that is damaged, holds a file that its hashes do not name, or is too large; JSON
+            that is nested to break us, which is damage like any other.
     """
-    if not path.is_file():
-        yield Run.open(path)
-        return
-    with tempfile.TemporaryDirectory(prefix="metabench-") as folder:
-        yield Run.open(_unpack(path, Path(folder)))
-
-
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[Run]:
-    """As `opened`; JSON that is nested to break us is damage like any other."""
     try:
-        with opened(path) as run:
-            yield run
+        if not path.is_file():
+            yield Run.open(path)
+            return
+        with tempfile.TemporaryDirectory(prefix="metabench-") as folder:
+            yield Run.open(_unpack(path, Path(folder)))
     except RecursionError as error:
         raise StoreError(f"{path}: damaged: nested too deeply") from error
 
