@@ -133,6 +133,36 @@ def test_scores_must_follow_from_the_answers(run):
     assert any("its answers give" in text for text in problems(run))
 
 
+STREAMS = """
+suite: streams
+evaluation: {episodes: 12}
+measures: [accuracy_at_1, accuracy_at_2]
+controls: false
+grid:
+  - tasks: [{dataset: glyphs, ways: 5, stream: 20}]
+    algorithms: [{name: lstm-baseline, params: {image_size: 20}, train: {steps: 1}}]
+"""
+
+
+def test_streams_add_up_and_edited_ones_do_not(tmp_path):
+    (tmp_path / "streams.yaml").write_text(STREAMS)
+    done = metabench("run", tmp_path / "streams.yaml", "--out", tmp_path / "runs")
+    assert done.returncode == 0, done.stderr
+    path = (tmp_path / "runs" / "streams" / "latest").resolve()
+    (audit,) = verify([path])
+    assert audit.problems == () and dict(audit.checked)["predictions"] == 2 * 12 * 20
+
+    for file in (path / "predictions").iterdir():
+        kept = dict(np.load(file))
+        asked = kept["labels"] < 5
+        none = {**kept, "labels": np.where(np.arange(12)[:, None] == 3, 9, kept["labels"])}
+        free = {**kept, "ties": np.where(asked, kept["ties"], 1).astype(np.uint16)}
+        for spoilt, said in ((none, "no step that counts"), (free, "an answer is credited")):
+            np.savez_compressed(file, **spoilt)
+            assert any(said in text for text in problems(path)), said
+        np.savez_compressed(file, **kept)
+
+
 def test_a_damaged_or_absent_predictions_file_is_named(run):
     names = sorted((run / "predictions").iterdir())
     names[0].write_bytes(b"PK no zip")

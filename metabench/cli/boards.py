@@ -1,4 +1,4 @@
-"""`leaderboard` and its commands: merge runs into a page, verify and pack submissions."""
+"""`leaderboard` and its commands: merge runs into a page; verify, pack and rerun submissions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class _BuildByDefault(TyperGroup):
 
 app = typer.Typer(
     cls=_BuildByDefault,
-    help="Merge runs into a static leaderboard: `metabench leaderboard RUN... --out DIR`; verify and pack submissions.",
+    help="Merge runs into a static leaderboard: `metabench leaderboard RUN... --out DIR`; "
+    "verify, pack and rerun submissions.",
     no_args_is_help=True,
 )
 

@@ -239,18 +239,24 @@ def _predictions(found: _Findings, where: str, one: Measurement, scores: Floats,
 def _answers(
     scores: Floats, predicted: Ints, ties: Ints, labels: Ints, classes: Ints, known: Mapping[str, Any]
 ) -> str | None:
-    """What is wrong with the answers to (E, m) queries, or None."""
-    ways, queries = known["ways"], known["queries"]
-    shape = (len(scores), ways * queries) if ways and queries else labels.shape
+    """What is wrong with the answers to (E, m) queries, or None.
+
+    In a stream, a label beyond the ways stands for a step that does not count.
+    """
+    ways, queries, stream = known["ways"], known["queries"], known["stream"]
+    shape = (len(scores), stream or ways * queries) if ways and (stream or queries) else labels.shape
     if not labels.shape == ties.shape == predicted.shape == shape or classes.shape != (len(scores), ways):
         return f"answers of shape {labels.shape} where the cell has {shape}"
-    if not all(0 <= part.min() <= part.max() < ways for part in (labels, predicted)) or ties.min() < 0:
+    asked = labels < ways if stream else np.ones(shape, dtype=bool)
+    if not asked.any(1).all():
+        return "a stream has no step that counts"
+    if not all(0 <= part.min() <= part.max() < ways for part in (labels[asked], predicted)) or ties.min() < 0:
         return "a label is not among the ways"
-    if queries and any((np.bincount(row, minlength=ways) != queries).any() for row in labels):
+    if queries and not stream and any((np.bincount(row, minlength=ways) != queries).any() for row in labels):
         return f"an episode does not have {queries} queries of each class"
-    if ((ties == 1) != (predicted == labels))[ties <= 1].any() or ties.max() > ways:
+    if ties[~asked].any() or ((ties == 1) != (predicted == labels))[asked & (ties <= 1)].any() or ties.max() > ways:
         return "an answer is credited that does not name the label, or the other way round"
-    credit = np.where(ties > 0, 1.0 / np.maximum(ties, 1), 0.0).mean(1)
+    credit = np.where(ties > 0, 1.0 / np.maximum(ties, 1), 0.0).sum(1) / asked.sum(1)
     off = np.flatnonzero(np.abs(credit - scores) > CREDIT)
     if len(off):
         return f"episode {off[0]} scores {scores[off[0]]} in samples.jsonl, its answers give {credit[off[0]]}"
