@@ -13,13 +13,13 @@ from typing import Any
 from metabench.report import against, tables, wording
 from metabench.report.load import load
 
-HEAD = "| method | task | ours | published | difference | unlike the source, besides its longer training |"
+HEAD = "| method | task | our protocol | ours | published | difference | unlike the source, besides longer training |"
 
 
 def table(runs: Sequence[Path]) -> str:
-    """The comparisons of the runs, a row each: those with a published number, in the order of the results."""
-    records = [one for one in against.records(tables(load(runs))) if one["published"] is not None]
-    return "\n".join([HEAD, "| :-- | :-- | --: | --: | --: | :-- |", *map(_row, records)]) + "\n"
+    """The comparisons of the runs, a row each, in the order of the results; "none" where no paper has the number."""
+    records = against.records(tables(load(runs)))
+    return "\n".join([HEAD, "| :-- | :-- | :-- | --: | --: | --: | :-- |", *map(_row, records)]) + "\n"
 
 
 def _row(one: dict[str, Any]) -> str:
@@ -28,10 +28,16 @@ def _row(one: dict[str, Any]) -> str:
 
     half = wording.score((one["ci_high"] - one["ci_low"]) / 2, one["measure"])
     task = one["task"] if not one["measure"].startswith("accuracy_at") else f"{one['task']}, {_presentation(one)}"
+    split = one["split"].partition(" ")[0]
+    turned = f"rotations {one['rotations']}" if one["rotations"] else ""
+    protocol = ", ".join(part for part in (split, turned, one["block"]) if part)
+    ours = f"| {one['method']} | {task} | {protocol} | {score('value')} ± {half} |"
+    if one["published"] is None:
+        return f"{ours} none |  |  |"
     margin = wording.score((one["difference_high"] - one["difference_low"]) / 2, one["measure"])
     theirs = score("published").removesuffix("0") + ("" if one["verified"] else "?")
     gap = f"{score('difference', signed=True)} ± {margin}"
-    return f"| {one['method']} | {task} | {score('value')} ± {half} | {theirs} | {gap} | {one['unlike_ours']} |"
+    return f"{ours} {theirs} | {gap} | {one['unlike_ours']} |"
 
 
 def _presentation(one: dict[str, Any]) -> str:

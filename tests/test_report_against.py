@@ -65,6 +65,7 @@ def test_records_hold_what_the_table_shows():
     assert [row["method"] for row in rows] == [one["method"] for one in records] == ["protonet", "lstm-metalearner"]
     assert records[0]["published"] == 0.988 and records[0]["difference"] == pytest.approx(-0.088)
     assert records[1]["published"] is None and rows[1]["published"] == ""
+    assert records[0]["split"] == "vinyals (test)" and rows[0]["block"] == "inductive"
 
 
 @pytest.mark.parametrize("format", ["table", "md", "latex"])

@@ -24,10 +24,14 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """One method on one task: `row` is ours, with the published number if there is one; `gap` ours minus theirs."""
+    """One method on one task: `row` is ours, with the published number if there is one; `gap` ours minus theirs.
+
+    `block` is the title of our table's block: inductive, transductive, controls.
+    """
 
     row: Row
     gap: Interval | None
+    block: str
 
     @property
     def agrees(self) -> bool:
@@ -37,11 +41,11 @@ class Comparison:
 
 def comparisons(table: Table) -> list[Comparison]:
     """The rows of a table that have a score, controls only where something was published; [] if nothing was."""
-    rows = [row for block in table.blocks for row in block.rows if row.quality is not None and row.status == "ok"]
-    if not any(row.published for row in rows):
+    rows = [(row, block.title) for block in table.blocks for row in block.rows]
+    scored = [(row, title) for row, title in rows if row.quality is not None and row.status == "ok"]
+    if not any(row.published for row, _ in scored):
         return []
-    controls = {row.method for block in table.blocks if block.title == "controls" for row in block.rows}
-    return [Comparison(row, _gap(row)) for row in rows if row.published or row.method not in controls]
+    return [Comparison(row, _gap(row), title) for row, title in scored if row.published or title != "controls"]
 
 
 def sheets(tables: Sequence[Table]) -> list[Sheet]:
@@ -59,7 +63,10 @@ def _record(table: Table, one: Comparison) -> dict[str, Any]:
     ours, gap = row.quality, one.gap
     return {
         "task": table.title,
+        "split": dict(table.protocol).get("split", ""),
+        "rotations": dict(table.protocol).get("rotations", ""),
         "method": row.method,
+        "block": one.block,
         "measure": table.measure,
         "seeds": row.seeds,
         "value": ours.value if ours else None,
