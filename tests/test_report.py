@@ -179,6 +179,19 @@ def test_under_trained_methods_are_said_to_be_but_controls_are_not():
     assert row(made, "protonet").notes == ()
 
 
+def test_a_row_that_does_not_vary_says_of_what_its_interval_speaks():
+    run = Results().add("maml", 0.9).add("scratch", 0.6, wobble=0)  # the episodes vary, the seeds do not
+    (made,) = tables(run.data())
+    (note,) = row(made, "scratch").notes
+    assert dict(made.notes)[note] == "no variation between seeds: the interval speaks of episodes alone"
+    assert row(made, "scratch").quality.half > 0 and row(made, "maml").notes == ()
+
+    same = [{**one, "value": 1.0, "ci_low": 1.0, "ci_high": 1.0, "sd": 0.0} for one in Results().add("r2d2", 0.9).rows]
+    perfect = [{**one, "score": 1.0} for one in Results().add("r2d2", 0.9).episodes]
+    (made,) = tables(RunData.of(same, perfect))
+    assert "the interval of width 0 is no certainty" in dict(made.notes)[row(made, "r2d2").notes[0]]
+
+
 def test_a_row_with_another_backbone_than_most_has_a_footnote():
     results = Results().add("protonet", 0.9).add("matching", 0.89)
     results.add("relation", 0.8, backbone="conv4-maps").add("mann", 0.7, backbone="", train_spec="5w1s5q*10")

@@ -159,7 +159,8 @@ def _remarks(m: Method, quality: Interval | None) -> list[str]:
         seeds = len(m.unfinished) + len(m.of(m.measure))
         said.append(f"{len(m.unfinished)} of {seeds} seeds {status} ({reason}): not ranked")
     if quality and quality.sd == 0 and not m.control:
-        said.append("no variation between episodes or seeds: the interval of width 0 is no certainty")
+        still = "episodes or seeds: the interval of width 0 is no certainty"
+        said.append(f"no variation between {'seeds: the interval speaks of episodes alone' if quality.half else still}")
     if quality and m.scores is None and len(m.of(m.measure)) > 1:
         said.append("no shared episode records: the interval is over seeds alone")
     return said
