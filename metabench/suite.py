@@ -27,8 +27,9 @@ from metabench.cells import (
     train_spec,
     training_problems,
 )
+from metabench.document import Document, Where
 from metabench.errors import ConfigError, did_you_mean
-from metabench.suitefile import AlgorithmEntry, CallEntry, Document, SuiteEntry, TaskEntry, Where, validate
+from metabench.suitefile import AlgorithmEntry, CallEntry, SuiteEntry, TaskEntry, validate
 
 MAX_CELLS = 50_000
 
@@ -103,7 +104,7 @@ def load_suite(name: str | Path, *, plugins: Sequence[Path] = ()) -> Suite:
     Raises ConfigError with every mistake in the file, each as 'file:line: what is wrong'.
     """
     file = _find(name)
-    document = Document(file)
+    document = Document(file, "a suite")
     entry = validate(document)
     if entry is None:
         document.raise_problems()

@@ -30,8 +30,9 @@ ALLOWED: dict[str, set[str]] = {
     "catalogue": NOBODY,
     "cells": {"catalogue"},
     "thresholds": NOBODY,
-    "suitefile": {"catalogue", "cells", "thresholds"},
-    "suite": {"catalogue", "cells", "suitefile"},
+    "document": NOBODY,
+    "suitefile": {"catalogue", "cells", "document", "thresholds"},
+    "suite": {"catalogue", "cells", "document", "suitefile"},
     # the plain half
     "stats": NOBODY,
     "environment": NOBODY,
@@ -50,6 +51,7 @@ ALLOWED: dict[str, set[str]] = {
         "catalogue",
         "cells",
         "disk",
+        "document",
         "environment",
         "leaderboard",
         "plan",
@@ -141,7 +143,7 @@ PLAIN = (
     "suite", "cells", "suitefile", "catalogue", "store", "environment", "stats", "roofline", "verdicts", "doctor",
     "plan", "workers", "costs", "runner", "report", "cli", "thresholds", "joint", "sides", "compare", "verdict_report",
     "export", "leaderboard", "signedranks", "judging", "revisions", "pairs", "gate", "selftest", "trials",
-    "spreadsheet", "disk",
+    "spreadsheet", "disk", "document",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -422,6 +422,9 @@ def test_a_board_file_is_read_strictly_with_lines(tmp_path):
     assert f"{file}:1: unknown key 'titel' (did you mean 'title'?)" in said
     assert f"{file}:2: min_seeds must be at least 3" in said
     assert f"{file}:5: unknown key 'because'" in said and "reason is missing" in said
+    file.write_text("- a")
+    with pytest.raises(ConfigError, match=r"board\.yaml:1: a board file must be a mapping, not \['a'\]"):
+        read_board(file)
 
 
 def test_a_withdrawal_of_no_run_is_a_mistake(tmp_path, rng):

@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from metabench.document import Document
 from metabench.leaderboard.collect import Source
 from metabench.leaderboard.protocols import Protocol
 from metabench.leaderboard.ranking import MIN_SEEDS
-from metabench.suitefile import Count, Document, Seed, Ways, explain
+from metabench.suitefile import Count, Seed, Ways
 
 
 class _Entry(BaseModel):
@@ -78,13 +79,13 @@ class BoardEntry(_Entry):
 
 def read_board(file: Path) -> BoardEntry:
     """Read a board file. Raises ConfigError with every mistake, each with its line."""
-    document = Document(file)
+    document = Document(file, "a board file")
     document.raise_problems()
     try:
         return BoardEntry.model_validate({} if document.data is None else document.data)
     except ValidationError as error:
         parts: dict[str | int, type[BaseModel]] = {"protocols": ProtocolEntry, "withdrawals": WithdrawalEntry}
         for detail in error.errors(include_url=False):
-            document.report(detail["loc"], explain(detail, parts, BoardEntry))
+            document.report(detail["loc"], document.explained(detail, BoardEntry, parts))
         document.raise_problems()
         raise
