@@ -307,6 +307,14 @@ def test_what_is_only_declared_is_named_and_takes_no_row(tmp_path, rng):
     assert len([one for one in board.standings if one.algorithm == "protonet"]) >= 1
 
 
+def test_first_presentations_near_chance_are_no_lack_of_training(tmp_path, rng):
+    table = trials(rng, 0.3)
+    rows = [r for k in (1, 2) for r in rows_of({"mann": table}, measure=f"accuracy_at_{k}", task="5w50t", norm="none")]
+    found = made(run_of(tmp_path, rows))
+    said = {board.protocol.measure: " ".join(board.standings[0].remarks) for board in found}
+    assert "under-trained" in said["accuracy_at_2"] and "under-trained" not in said["accuracy_at_1"]
+
+
 def test_a_run_that_is_no_longer_shown_leaves_the_site(tmp_path, rng):
     first, second = (run_of(tmp_path / name, rows_of({name: trials(rng, 0.9)})) for name in ("protonet", "maml"))
     leaderboard([first, second], tmp_path / "site")

@@ -158,7 +158,8 @@ def _remarks(
         said.append(f"{len(bad)} of {len(good) + len(bad)} seeds {bad[-1].status} ({bad[-1].reason}): not ranked")
     if in_seconds(known["train_spec"]):
         said.append("trained for a number of seconds, which repeats on no other machine: not ranked")
-    if quality and protocol.chance and not control and quality.value < 2 * protocol.chance:
+    blind = protocol.measure == "accuracy_at_1"  # no label of a class is known at its first presentation
+    if quality and protocol.chance and not (control or blind) and quality.value < 2 * protocol.chance:
         said.append(f"under-trained at this budget: below twice chance ({200 * protocol.chance:g} %)")
     if doubled:
         said.append(f"{doubled} repeated results of the same seeds left out: the earliest counts, never the best")
