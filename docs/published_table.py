@@ -18,7 +18,7 @@ HEAD = "| method | task | our protocol | ours | published | difference | unlike 
 
 def table(runs: Sequence[Path]) -> str:
     """The comparisons of the runs, a row each, in the order of the results; "none" where no paper has the number."""
-    records = against.records(tables(load(runs)))
+    records = against.records(tables(load(runs), presentations=True))
     return "\n".join([HEAD, "| :-- | :-- | :-- | --: | --: | --: | :-- |", *map(_row, records)]) + "\n"
 
 

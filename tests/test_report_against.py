@@ -73,6 +73,27 @@ def test_a_run_without_published_numbers_says_so(format):
     assert "Nothing here has a published number" in render_against(run(lstm_metalearner=0.5), format)
 
 
+def test_every_presentation_of_a_stream_stands_beside_the_published_one():
+    rows = [
+        {
+            "cell": f"mann/omniglot[random1200]/5w50t/none/cpu-float32/seed{seed}", "run": "r", "suite": "s",
+            "algorithm": "mann", "params": "{}", "dataset": "omniglot", "split": "random1200", "ways": 5, "stream": 50,
+            "bn_mode": "inductive", "device": "cpu", "precision": "float32", "seed": seed, "unit": "fraction",
+            "measure": f"accuracy_at_{k}", "status": "ok", "n": EPISODES, "value": 0.1 * k,
+        }
+        for k in (1, 10, 2)
+        for seed in range(2)
+    ]  # fmt: skip
+    records = json.loads(render_against(RunData.of(rows), "json"))["comparisons"]
+    found = {one["measure"]: (one["value"], one["published"]) for one in records}
+    assert {name: theirs for name, (_, theirs) in found.items()} == {
+        "accuracy_at_1": 0.364, "accuracy_at_2": 0.828, "accuracy_at_10": 0.981,
+    }  # fmt: skip
+    assert found["accuracy_at_10"][0] == pytest.approx(1.0)
+    assert "accuracy at presentation 2" in render_against(RunData.of(rows), "table")
+    assert [table.measure for table in tables(RunData.of(rows))] == ["accuracy_at_10"]  # elsewhere one table is enough
+
+
 def test_an_unknown_format_is_named():
     with pytest.raises(ConfigError, match=r"'tabel' \(did you mean 'table'"):
         render_against(run(protonet=0.9), "tabel")

@@ -52,7 +52,7 @@ def render(data: RunData, format: str, reference: str | None = None, *, width: i
 def render_against(data: RunData, format: str, *, width: int = 80) -> str:
     """Our results beside the published ones, in the same formats. Raises ConfigError for an unknown format."""
     _check(format)
-    made = tables(data)
+    made = tables(data, presentations=True)
     if format == "csv":
         return csvfile.records(against.records(made))
     if format == "json":

@@ -104,7 +104,8 @@ def _sheet(table: Table, found: Sequence[Comparison]) -> Sheet:
     )  # fmt: skip
     rows = tuple(_cells(one, table.measure, known) for one in found)
     notes = tuple((str(number), text) for number, text in known.items())
-    return Sheet(table.title, table.protocol, (Grid(heads, rows, 1),), notes)
+    at = f", {wording.name(table.measure)}" if table.measure.startswith("accuracy_at_") else ""
+    return Sheet(table.title + at, table.protocol, (Grid(heads, rows, 1),), notes)
 
 
 def _cells(one: Comparison, measure: str, known: dict[int, str]) -> tuple[Lines, ...]:

@@ -22,8 +22,9 @@ THREADED = (("training", "train_time"), ("adaptation", "adapt_time"))
 COSTS = ("adapt_time", "predict_time", "train_time")
 
 
-def tables(data: RunData, reference: str | None = None) -> list[Table]:
-    """One comparative table per task and quality measure, in the order of the results.
+def tables(data: RunData, reference: str | None = None, *, presentations: bool = False) -> list[Table]:
+    """One comparative table per task and quality measure, in the order of the results; of a stream the last
+    presentation, or with `presentations` each.
 
     A task is (dataset with its parameters, split, ways, shots, queries or a stream's length, rotations, device,
     precision). `reference` is
@@ -35,7 +36,7 @@ def tables(data: RunData, reference: str | None = None) -> list[Table]:
     data = kernels.ordinary(data)
     made: list[Table] = []
     for _, rows in with_data(data.rows).groupby([*TASK, "stream"], sort=False, dropna=False):
-        for measure in measures(rows):
+        for measure in measures(rows, presentations=presentations):
             found = methods(rows, measure, data)
             seen |= {name for m in found for name in (m.label, m.algorithm)}
             made.append(_table(found, data, _reference(found, data, reference)))
@@ -50,14 +51,14 @@ def _data_parameters(task: pd.Series) -> str:
     return ", ".join(item for item in inside if "=" in item and not item.startswith(("rotations=", "within=")))
 
 
-def measures(rows: pd.DataFrame) -> list[str]:
-    """The measures that get a table: accuracy or mse, else the last accuracy_at_K, else none ("", times only)."""
+def measures(rows: pd.DataFrame, *, presentations: bool = False) -> list[str]:
+    """What gets a table: accuracy or mse, else the last (or each) accuracy_at_K, else "" for times only."""
     present = set(rows["measure"].dropna())
     main = [name for name in QUALITIES if name in present]
     if main:
         return main
-    presentations = sorted((m for m in present if m.startswith("accuracy_at_")), key=lambda m: int(m.split("_")[-1]))
-    return presentations[-1:] or [""]
+    of_stream = sorted((m for m in present if m.startswith("accuracy_at_")), key=lambda m: int(m.split("_")[-1]))
+    return of_stream[0 if presentations else -1 :] or [""]
 
 
 def _reference(found: Sequence[Method], data: RunData, asked: str | None) -> Method | None:
