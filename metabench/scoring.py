@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import io
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from metabench.algorithms.base import Learner
+from metabench.disk import write_whole
 from metabench.episodes import Batch, Stream, TaskDistribution
 
 NOT_ASKED = 2**16 - 1  # the label of a query that does not count: beyond any number of ways
@@ -55,10 +56,9 @@ class Credit:
     def save(self, folder: Path, name: str) -> str:
         """Write as `<name>.npz` in one move; returns the file's name."""
         folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"{name}.npz"
-        temporary = folder / f".{name}.{os.getpid()}.npz"
-        np.savez_compressed(temporary, **vars(self))
-        temporary.replace(file)
+        file, buffer = folder / f"{name}.npz", io.BytesIO()
+        np.savez_compressed(buffer, **vars(self))
+        write_whole(file, buffer.getvalue())
         return file.name
 
 

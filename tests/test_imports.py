@@ -76,7 +76,7 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": {"convolution"},
     "algorithms": {"algorithms", "convolution", *TASKS},
     "datasets": {"datasets", "episodes"},
-    "scoring": {"algorithms", *TASKS},
+    "scoring": {"algorithms", "disk", *TASKS},
     "training": {"algorithms", "scoring", *TASKS},
     "measure": {"algorithms", "datasets", "scoring", "training", *TASKS},
     "kernels": {"algorithms", *TASKS},
