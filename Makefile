@@ -14,9 +14,10 @@ export OMP_WAIT_POLICY := PASSIVE
 quickstart: $(VENV)/.installed
 	$(BIN)/metabench run
 
-# one torch thread in the tests: their tensors are tiny (workers that they start set their own)
+# one torch thread in the tests: their tensors are tiny (workers that they start set their own); a process for each core, up to
+# four, for no test decides by a time
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
