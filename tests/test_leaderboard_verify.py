@@ -157,7 +157,10 @@ def test_streams_add_up_and_edited_ones_do_not(tmp_path):
         asked = kept["labels"] < 5
         none = {**kept, "labels": np.where(np.arange(12)[:, None] == 3, 9, kept["labels"])}
         free = {**kept, "ties": np.where(asked, kept["ties"], 1).astype(np.uint16)}
-        for spoilt, said in ((none, "no step that counts"), (free, "an answer is credited")):
+        chosen = kept["labels"].copy()
+        chosen[0, np.flatnonzero(~asked[0])[0]] = chosen[0, np.flatnonzero(asked[0])[0]]
+        twice = {**kept, "labels": chosen, "ties": (chosen == kept["predicted"]).astype(np.uint16)}
+        for spoilt, said in ((none, "no step that counts"), (free, "an answer is credited"), (twice, "comes twice")):
             np.savez_compressed(file, **spoilt)
             assert any(said in text for text in problems(path)), said
         np.savez_compressed(file, **kept)

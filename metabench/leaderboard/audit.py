@@ -254,6 +254,8 @@ def _answers(
         return "a label is not among the ways"
     if queries and not stream and any((np.bincount(row, minlength=ways) != queries).any() for row in labels):
         return f"an episode does not have {queries} queries of each class"
+    if stream and any((np.bincount(row[row < ways]) > 1).any() for row in labels):
+        return "a class comes twice in a stream among the steps that count: one of them is not that presentation"
     if ties[~asked].any() or ((ties == 1) != (predicted == labels))[asked & (ties <= 1)].any() or ties.max() > ways:
         return "an answer is credited that does not name the label, or the other way round"
     credit = np.where(ties > 0, 1.0 / np.maximum(ties, 1), 0.0).sum(1) / asked.sum(1)
