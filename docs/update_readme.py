@@ -9,6 +9,7 @@ import re
 import sys
 from pathlib import Path
 
+import fair_table
 import peers_table
 import published_table
 
@@ -17,7 +18,7 @@ from metabench.report.load import load
 from metabench.store import Run
 
 ROOT = Path(__file__).resolve().parent.parent
-PART = re.compile(r"<!-- (table|published|peers|board|file): (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+PART = re.compile(r"<!-- (table|fair|published|peers|board|file): (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def filled(text: str) -> str:
@@ -34,6 +35,8 @@ def _part(kind: str, name: str) -> str:
         sections = re.split(r"(?=^### )", (path / "leaderboard.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
         return f"{sections[2].rstrip()}\n"
     runs = sorted(file.parent for file in path.rglob("manifest.json"))
+    if kind == "fair":
+        return fair_table.table(runs)
     if kind == "published":
         return published_table.table(runs)
     if kind == "peers":
