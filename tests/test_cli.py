@@ -114,6 +114,14 @@ def test_odd_values_are_told_with_the_line(call, tmp_path, key):
         assert done.code == 0 or "odd.yaml:" in done.err
 
 
+def test_several_suites_are_checked_to_the_last(call, tmp_path):
+    (tmp_path / "good.yaml").write_text(GOOD)
+    (tmp_path / "odd.yaml").write_text(GOOD.replace("ways: 5", "ways: -1"))
+    done = call("validate", tmp_path / "odd.yaml", "nosuch", tmp_path / "good.yaml")
+    assert done.code == 2 and "good.yaml: good;" in done.out
+    assert "odd.yaml:" in done.err and "nosuch" in done.err
+
+
 def test_every_mistake_at_once(call, tmp_path):
     file = tmp_path / "m.yaml"
     file.write_text(GOOD.replace("protonet", "protonett").replace("steps", "stepps").replace("ways", "wayz"))

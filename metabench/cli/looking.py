@@ -24,10 +24,10 @@ def ls(
 
 
 def validate(
-    suite: Annotated[str | None, typer.Argument(help="A shipped suite or a YAML file.")] = None,
+    suite: Annotated[list[str] | None, typer.Argument(help="Shipped suites or YAML files.")] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of suites and exit.")] = False,
 ) -> None:
-    """Check a suite without running it: every mistake at once, with line numbers."""
+    """Check suites without running them: every mistake at once, with line numbers."""
     import json
 
     from metabench import suite as suites
@@ -35,11 +35,20 @@ def validate(
     if schema:
         typer.echo(json.dumps(suites.schema(), indent=2))
         return
-    if suite is None:
+    if not suite:
         raise ConfigError("name a suite or a YAML file to validate, or ask for --schema")
-    found = suites.load_suite(suite)
-    cells = found.cells()
-    typer.echo(f"{found.path}: good; {len(cells)} cells, {len({c.training_id for c in cells if c.train})} trainings")
+    mistakes: list[str] = []
+    for name in suite:
+        try:
+            found = suites.load_suite(name)
+            cells = found.cells()
+        except ConfigError as error:
+            mistakes.append(str(error))
+            continue
+        trainings = {cell.training_id for cell in cells if cell.train}
+        typer.echo(f"{found.path}: good; {len(cells)} cells, {len(trainings)} trainings")
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False) -> None:
