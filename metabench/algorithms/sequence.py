@@ -129,8 +129,9 @@ class SequenceLearner(FineTuning):
         """Show examples in their order: what was exposed after each, and the state after the last."""
         drive = self.drive(batch.x, previous(batch.one_hot()))
         state, exposed = self.start(batch.tasks), []
-        for t in range(drive.shape[1]):
-            state = self.step(drive[:, t : t + 1], state)
+        # split, not sliced: the gradient of each slice would be as large as all of them, and mostly zeros
+        for one in torch.split(drive, 1, dim=1):
+            state = self.step(one, state)
             exposed.append(self.exposed(state))
         return exposed, state
 
