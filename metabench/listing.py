@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from metabench.datasets.files import DataStatus
 
 KINDS = ("algorithms", "datasets", "backbones", "kernels", "suites")
+FAMILIES = ("metric", "model", "optimisation", "transfer")  # in this order; then those of plug-ins, controls last
 Listing = Mapping[str, Sequence[Mapping[str, str]]]
 
 
@@ -46,15 +48,17 @@ def ls(what: str = "all") -> Listing:
 
 
 def as_text(listing: Listing, width: int) -> str:
-    """One line each, cut to `width` columns."""
+    """One line each, cut to `width` columns; algorithms by family."""
     lines: list[str] = []
     for kind, entries in listing.items():
         lines += [kind] if len(listing) > 1 else []
         room = max((len(e["name"]) for e in entries), default=0)
-        for entry in entries:
-            paper = f" ({entry['paper']})" if entry.get("paper") else ""
-            text = f"  {entry['name']:{room}}  {entry['summary'].rstrip('.')}"
-            lines.append(_cut(text, width - len(paper)) + paper)
+        for family, group in groupby(sorted(entries, key=_place), key=lambda entry: entry.get("family")):
+            lines += [f" {family}"] if family else []
+            for entry in group:
+                paper = f" ({entry['paper']})" if entry.get("paper") else ""
+                text = f"  {entry['name']:{room}}  {entry['summary'].rstrip('.')}"
+                lines.append(_cut(text, width - len(paper)) + paper)
         lines.append("")
     return "\n".join(lines[:-1]) + "\n"
 
@@ -107,6 +111,14 @@ def _backbones() -> dict[str, str]:
             table: dict[str, str] = ast.literal_eval(node.value)
             return table
     raise AssertionError("backbones.py has lost its table METABENCH_BACKBONES")
+
+
+def _place(entry: Mapping[str, str]) -> tuple[int, str]:
+    """Where an entry's family stands; entries without one stay in their order."""
+    family = entry.get("family", "")
+    if family in FAMILIES:
+        return FAMILIES.index(family), ""
+    return len(FAMILIES) + (family == "control"), family
 
 
 def _suites() -> list[dict[str, str]]:

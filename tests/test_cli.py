@@ -384,6 +384,17 @@ def test_the_summary_for_continuous_integration(tmp_path, monkeypatch, call, fol
     assert (tmp_path / "summary.md").read_text() == (folder / "report.md").read_text()
 
 
+def test_algorithms_are_listed_by_family_with_their_papers(call):
+    lines = call("ls", "algorithms").out.splitlines()
+    families = [line.strip() for line in lines if line[1] != " "]
+    assert families == ["metric", "model", "optimisation", "transfer", "control"]
+    found = json.loads(call("ls", "algorithms", "--json").out)["algorithms"]
+    shown = {line.split()[0] for line in lines if line[1] == " "}
+    assert shown == {one["name"] for one in found}
+    under = {line.split()[0]: line for line in lines[lines.index(" model") : lines.index(" optimisation")]}
+    assert "(Santoro et al. 2016)" in under["mann"]
+
+
 def test_listings_for_machines(call):
     found = json.loads(call("ls", "--json").out)
     assert {"algorithms", "datasets", "backbones", "suites"} <= found.keys()
