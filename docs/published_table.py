@@ -30,7 +30,7 @@ def _row(one: dict[str, Any]) -> str:
     task = one["task"] if not one["measure"].startswith("accuracy_at") else f"{one['task']}, {_presentation(one)}"
     split = one["split"].partition(" ")[0]
     turned = f"rotations {one['rotations']}" if one["rotations"] else ""
-    protocol = ", ".join(part for part in (split, turned, one["block"]) if part)
+    protocol = ", ".join(part for part in (split, turned, one["data"], one["block"]) if part)
     ours = f"| {one['method']} | {task} | {protocol} | {score('value')} ± {half} |"
     if one["published"] is None:
         return f"{ours} none |  |  |"

@@ -65,6 +65,7 @@ def _record(table: Table, one: Comparison) -> dict[str, Any]:
         "task": table.title,
         "split": dict(table.protocol).get("split", ""),
         "rotations": dict(table.protocol).get("rotations", ""),
+        "data": dict(table.protocol).get("data", ""),
         "method": row.method,
         "block": one.block,
         "measure": table.measure,
