@@ -497,13 +497,15 @@ def _changed_predictions(before: Result, after: Result) -> int | None:
 
 
 def _predicted(file: Path) -> np.ndarray:
-    """(E, queries, 2): each query's predicted label and how many maxima tied with it."""
+    """(E, queries, 2): each query's predicted label and how many maxima tied with it, in the order of the labels."""
     try:
         with np.load(file) as kept:
             if kept["predicted"].ndim != 2:
                 raise ValueError(f"{kept['predicted'].ndim} dimensions")
-            return np.stack([kept["predicted"].astype(np.int64), kept["ties"].astype(np.int64)], axis=-1)
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            answers = np.stack([kept["predicted"].astype(np.int64), kept["ties"].astype(np.int64)], axis=-1)
+            # files of earlier versions have the order in which the queries came
+            return np.take_along_axis(answers, np.argsort(kept["labels"], axis=1, kind="stable")[..., None], axis=1)
+    except (OSError, ValueError, KeyError, EOFError, IndexError, BadZipFile) as error:
         raise StoreError(f"{file}: damaged ({error}); delete it to compare by scores alone") from error
 
 

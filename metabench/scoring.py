@@ -54,10 +54,16 @@ class Credit:
         return cls(*(np.concatenate([getattr(p, name) for p in parts]) for name in cls.__dataclass_fields__))
 
     def save(self, folder: Path, name: str) -> str:
-        """Write as `<name>.npz` in one move; returns the file's name."""
+        """Write as `<name>.npz` in one move, queries in the order of their labels; returns the file's name.
+
+        In that order labels compress to nothing, and right answers nearly so.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         file, buffer = folder / f"{name}.npz", io.BytesIO()
-        np.savez_compressed(buffer, **vars(self))
+        order = np.argsort(self.labels, axis=1, kind="stable")
+        parts = (np.take_along_axis(part, order, axis=1) for part in (self.predicted, self.ties, self.labels))
+        predicted, ties, labels = (part.astype(np.min_scalar_type(part.max(initial=0))) for part in parts)
+        np.savez_compressed(buffer, predicted=predicted, ties=ties, labels=labels, classes=self.classes)
         write_whole(file, buffer.getvalue())
         return file.name
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -570,6 +571,16 @@ def test_a_speed_up_that_changes_predictions_is_pointed_out(against):
     assert "mind" not in against(base, same).joint[0].text
     as_fast = Stored().time(FIVE).quality(HARD, predictions=changed, code="new")
     assert "mind" not in against(base, as_fast).joint[0].text
+
+
+def test_the_order_in_which_a_file_keeps_its_queries_is_no_change(tmp_path):
+    labels = np.tile([1, 0, 2], (4, 1))
+    parts = {"predicted": labels * [1, 1, 0], "ties": np.tile([1, 2, 0], (4, 1)), "labels": labels}
+    files = [tmp_path / "as_asked.npz", tmp_path / "by_label.npz"]
+    for file, order in zip(files, ([0, 1, 2], [1, 0, 2]), strict=True):
+        np.savez_compressed(file, **{name: part[:, order] for name, part in parts.items()})
+    before, after = (SimpleNamespace(predictions=lambda file=file: file) for file in files)
+    assert comparison._changed_predictions(before, after) == 0
 
 
 def test_the_gravest_row_names_the_joint_verdict(against):

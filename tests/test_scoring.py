@@ -104,6 +104,16 @@ def test_credit_is_kept_whole_and_gives_the_scores_again(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["name.npz"]
 
 
+def test_credit_is_kept_in_the_order_of_the_labels_a_byte_a_query(tmp_path):
+    labels = np.array([[2, 0, 1, 0, NOT_ASKED], [0, 1, 2, 0, 1]], dtype=np.uint16)
+    predicted, ties = np.array([[2, 1, 1, 0, 0], [0, 1, 2, 0, 2]]), np.array([[1, 0, 1, 1, 0], [1, 1, 1, 3, 0]])
+    with np.load(tmp_path / Credit(predicted, ties, labels, np.zeros((2, 3))).save(tmp_path, "name")) as kept:
+        assert kept["labels"].tolist() == [[0, 0, 1, 2, NOT_ASKED], [0, 0, 1, 1, 2]]
+        assert kept["predicted"].tolist() == [[1, 0, 1, 2, 0], [0, 0, 1, 2, 2]]  # equal labels as they came
+        assert kept["ties"].tolist() == [[0, 1, 1, 1, 0], [1, 3, 1, 0, 1]]
+        assert kept["predicted"].itemsize == kept["ties"].itemsize == 1
+
+
 def test_a_stop_is_heard_between_the_calls(monkeypatch):
     monkeypatch.setattr(scoring, "IMAGES_PER_CALL", 2)
     asked = SimpleNamespace(times=0)
