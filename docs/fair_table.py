@@ -1,6 +1,6 @@
 """One table of the fair ranking: a row for each method, a column for each task, tuned beside the papers' own settings.
 
-python docs/fair_table.py RUN ...   (of the suites omniglot-fair and omniglot-fair-paper, in any number)
+python docs/fair_table.py RUN ...   (of the suites omniglot-fair, -paper and -free, in any number)
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from metabench.report import Row, tables, wording
 from metabench.report.load import load
 from metabench.store import Run
 
-COLUMNS = {"omniglot-fair": "tuned", "omniglot-fair-paper": "paper settings"}
+COLUMNS = {"omniglot-fair": "tuned", "omniglot-fair-paper": "paper settings", "omniglot-fair-free": "free training"}
 
 
 def table(runs: Sequence[Path]) -> str:
