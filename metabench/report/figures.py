@@ -99,9 +99,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Learning:
-    """One figure: the learning curves of all methods trained on the same data with the same ways."""
+    """One figure: the learning curves of all methods with one score, trained on the same data with the same ways."""
 
     title: str
+    score: str
     curves: tuple[Curve, ...]
 
 
@@ -113,7 +114,7 @@ def draw(data: RunData, folder: Path) -> list[Path]:
     """
     drawn = [(f"scaling-{f.kernel}-{f.axis} {f.fixed}", _scaling_figure(f, data)) for f in scalings(data)]
     drawn += [(f"pareto-{f.cost} {f.title}", _pareto_figure(f, data)) for f in paretos(data)]
-    drawn += [(f"learning {f.title}", _learning_figure(f, data)) for f in learnings(data)]
+    drawn += [(f"learning-{f.score} {f.title}", _learning_figure(f, data)) for f in learnings(data)]
     names = [_slug(name) for name, _ in drawn]
     unique = [name if names.count(name) == 1 else f"{name}-{i + 1}" for i, name in enumerate(names)]
     return [path for name, (_, figure) in zip(unique, drawn, strict=True) for path in _save(figure, folder, name)]
@@ -135,9 +136,10 @@ def learnings(data: RunData) -> list[Learning]:
     found = []
     for title, group in points.groupby("title", sort=False):
         curves = [_curve(mine) for _, mine in group.groupby(["method", "algorithm"], sort=False)]
-        # Reptile has no loss on queries: without validation there is nothing to draw of it
-        if told_of := tuple(curve for curve in curves if curve.train or curve.validation):
-            found.append(Learning(str(title), told_of))
+        for score in ("accuracy", "loss"):  # Siamese networks learn from pairs and have a loss alone
+            # Reptile has no loss on queries: without validation there is nothing to draw of it
+            told_of = tuple(curve for curve in curves if curve.score == score and (curve.train or curve.validation))
+            found += [Learning(str(title), score, told_of)] if told_of else []
     return found
 
 
@@ -297,8 +299,7 @@ def _pareto_figure(pareto: Pareto, data: RunData) -> Figure:
 
 def _learning_figure(learning: Learning, data: RunData) -> Figure:
     figure, axes = _axes()
-    accuracies = [curve for curve in learning.curves if curve.score == "accuracy"]
-    shown = accuracies or learning.curves
+    shown, accuracies = learning.curves, learning.score == "accuracy"
     scale = 100.0 if accuracies else 1.0
     for curve, (colour, marker, style) in zip(shown, _looks(shown, data), strict=True):
         x, y = [x for x, _ in curve.train], [scale * y for _, y in curve.train]
@@ -306,8 +307,10 @@ def _learning_figure(learning: Learning, data: RunData) -> Figure:
         x, y = [x for x, _ in curve.validation], [scale * y for _, y in curve.validation]
         axes.plot(x, y, color=colour, linestyle="", marker=marker, markersize=5)
     axes.set_xscale("log")
-    axes.set_yscale("linear" if accuracies else "log")
     _log_ticks(axes, "x", _thousands)
+    if not accuracies:
+        axes.set_yscale("log")
+        _log_ticks(axes, "y", _thousands)
     axes.set_xlabel("training images seen" + (", markers: validation" if any(c.validation for c in shown) else ""))
     axes.set_ylabel("accuracy on training tasks (%)" if accuracies else "loss on training tasks")
     _finish(axes, f"{learning.title}: learning curves")
