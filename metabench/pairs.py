@@ -155,7 +155,7 @@ class Pairs:
     def _hired(
         self, chance: random.Random, names: Sequence[Name] | Mapping[Name, Any]
     ) -> Iterator[dict[Setting, dict[Which, Worker]]]:
-        """Fresh workers of both sides for every setting, all pinned to the same cores, and gone at the end."""
+        """Fresh workers of both sides for every setting, not pinned yet, and gone at the end."""
         with ExitStack() as stack:
             crew: dict[Setting, dict[Which, Worker]] = {}
             hash_seed = str(chance.randrange(2**32))  # the same on both sides: the order of sets is part of the work
@@ -199,7 +199,6 @@ class Pairs:
                 f"{side.label} speaks protocol {said} with its worker, this metabench {environment.PROTOCOL}: "
                 "the two cannot be run side by side; choose a newer base"
             )
-        worker.pin()
         worker.environment = side.label
         self.hellos[side.which] = hello
 
@@ -212,6 +211,7 @@ class Pairs:
 
     def _rehearse(self, crew: Mapping[Setting, Mapping[Which, Worker]]) -> None:
         """Prepare all items, base first: what it finds, the candidate gets."""
+        _pin(crew)
         for name, item in list(self.items.items()):
             if item.messages["base"]["device"] == "cuda" and not all(self.hellos[which]["cuda"] for which in SIDES):
                 self.faults[name] = Fault("base", "skipped", "no CUDA device on this machine")
@@ -230,11 +230,7 @@ class Pairs:
     def _prepare(self, item: Item, workers: Mapping[Which, Worker], order: Sequence[Which]) -> _Running | None:
         """Make an item ready on both sides; None, and a fault, where it cannot be."""
         numbers: dict[Which, int] = {}
-        for which in order:
-            message = {**item.messages[which], "kind": "prepare", "calls": self.calls.get(item.name)}
-            if item.name.share and which == "candidate":
-                message["share"] = item.name.share
-            heard = self._ask(item.name, which, workers, message)
+        for which, heard in self._readied(item, workers, order):
             if heard["status"] != "ok":
                 self.faults[item.name] = Fault(which, heard["status"], heard["reason"])
                 del self.items[item.name]
@@ -242,6 +238,25 @@ class Pairs:
             self.calls.setdefault(item.name, heard["calls"])
             numbers[which] = heard["id"]
         return _Running(item.name, workers, numbers, [int(part) for part in self.calls[item.name]])
+
+    def _readied(
+        self, item: Item, workers: Mapping[Which, Worker], order: Sequence[Which]
+    ) -> Iterator[tuple[Which, dict[str, Any]]]:
+        """What each side answers when it makes an item ready.
+
+        Both do it at once where nothing is timed at that: the calls of a slice are known, and no copy is made slower.
+        Else one waits for the other, so that the second gets the calls that the first found.
+        """
+        asked = ((which, self._send(item.name, which, workers, self._ready_message(item, which))) for which in order)
+        at_once = item.name in self.calls and not item.name.share
+        for which, number in list(asked) if at_once else asked:
+            yield which, self._hear(item.name, which, workers, number)
+
+    def _ready_message(self, item: Item, which: Which) -> dict[str, Any]:
+        message = {**item.messages[which], "kind": "prepare", "calls": self.calls.get(item.name)}
+        if item.name.share and which == "candidate":
+            message["share"] = item.name.share
+        return message
 
     def _prepare_control(
         self, control: str, setting: Setting, workers: Mapping[Which, Worker], settings: Sequence[Setting]
@@ -274,6 +289,7 @@ class Pairs:
         ]
         for setting, workers in crew.items():
             running += [self._prepare_control(control, setting, workers, list(crew)) for control in CONTROLS]
+        _pin(crew)
         pids = [worker.pid for workers in crew.values() for worker in workers.values()]
         before = environment.read(pids)
         for one, part in self._rounds(running, chance):
@@ -312,10 +328,33 @@ class Pairs:
     def _ask(
         self, name: Name, which: Which, workers: Mapping[Which, Worker], message: Mapping[str, Any]
     ) -> dict[str, Any]:
-        try:
-            return workers[which].ask({**message, "id": next(self.numbers)})
-        except WorkerError as error:
-            raise _Died(name, Fault(which, "failed", str(error))) from error
+        return self._hear(name, which, workers, self._send(name, which, workers, message))
+
+    def _send(self, name: Name, which: Which, workers: Mapping[Which, Worker], message: Mapping[str, Any]) -> int:
+        number = next(self.numbers)
+        with _told_of(name, which):
+            workers[which].send({**message, "id": number})
+        return number
+
+    def _hear(self, name: Name, which: Which, workers: Mapping[Which, Worker], number: int) -> dict[str, Any]:
+        with _told_of(name, which):
+            return workers[which].answer(number)
+
+
+def _pin(crew: Mapping[Setting, Mapping[Which, Worker]]) -> None:
+    """Keep all workers on the same cores: what runs on the one then runs on the other."""
+    for workers in crew.values():
+        for worker in workers.values():
+            worker.pin()
+
+
+@contextmanager
+def _told_of(name: Name, which: Which) -> Iterator[None]:
+    """A worker that dies meanwhile died of this item."""
+    try:
+        yield
+    except WorkerError as error:
+        raise _Died(name, Fault(which, "failed", str(error))) from error
 
 
 def log_ratio(slices: Mapping[int, Sequence[tuple[float, float]]]) -> float | None:

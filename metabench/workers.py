@@ -82,16 +82,24 @@ class Worker:
                     os.sched_setaffinity(thread.id, cores)
 
     def ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """Send one message, and return the answer of the same id; what it logs meanwhile is kept.
+        """Send one message, and return its answer.
 
         Raises:
             WorkerError: it died.
         """
         self.send(message)
+        return self.answer(message["id"])
+
+    def answer(self, number: int) -> dict[str, Any]:
+        """Wait for the answer to the message of that id; what it logs meanwhile is kept.
+
+        Raises:
+            WorkerError: it died.
+        """
         for heard in self.messages():
             if heard["kind"] == "log":
                 self.log(heard["text"])
-            elif heard["kind"] == "answer" and heard["id"] == message["id"]:
+            elif heard["kind"] == "answer" and heard["id"] == number:
                 return heard
         raise AssertionError("messages() ends only by an error")
 

@@ -355,8 +355,8 @@ def test_the_same_code_between_two_interpreters(project, here, tmp_path):
 
 def workers_of(process):
     """The living workers that a process has started."""
-    found = [one for one in process.children() if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
-    with contextlib.suppress(psutil.Error):
+    with contextlib.suppress(psutil.Error):  # one may end between two looks at it
+        found = [one for one in process.children() if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
         return [one for one in found if "metabench.worker" in " ".join(one.cmdline())]
     return []
 
