@@ -30,7 +30,7 @@ def test_the_headline_is_the_papers_own_number(algorithm, ways, shots, value):
 
 
 def test_numbers_that_could_not_be_verified_say_so():
-    for algorithm in ("r2d2", "baseline++"):
+    for algorithm in ("r2d2", "baseline", "baseline++"):
         assert not published(algorithm, "omniglot", 5, 1).verified
     assert not published("maml", "sinusoid", None, 5, measure="mse").verified
 
@@ -67,6 +67,11 @@ def test_deviations_name_what_is_known_to_differ_and_nothing_else():
         "inductive",
         "1 query",
     )
+    maml = published("maml", "sinusoid", None, 5, measure="mse")
+    asked = {"split": "maml", "queries": 100, "bn_mode": "inductive"}
+    assert maml.steps == 1
+    assert maml.deviations(**asked, steps=10) == ("1 inner step",)
+    assert maml.deviations(**asked, steps=1) == maml.deviations(**asked) == ()
     protonet = published("protonet", "omniglot", 5, 1)
     assert (protonet.queries, protonet.deviations(split="vinyals", queries=15, bn_mode="inductive")) == (None, ())
 
@@ -95,5 +100,12 @@ def test_kochs_trials_stand_apart_from_20_way_over_all_alphabets():
     koch = published("siamese", "omniglot", 20, 1, within=True)
     assert (koch.value, published("siamese", "omniglot", 20, 1).value) == (0.92, 0.88)
     asked = {"split": "background", "queries": 1, "bn_mode": "inductive"}
-    assert koch.deviations(**asked, within="drawer") == ()
-    assert koch.deviations(**asked, within="alphabet") == ("support and queries by other hands",)
+    assert koch.deviations(**asked, within="drawer", data="size=105") == ()
+    assert koch.deviations(**asked, within="alphabet", data="size=105") == ("support and queries by other hands",)
+    for data in ("", "size=35", "size=1050"):
+        assert koch.deviations(**asked, within="drawer", data=data) == ("105x105 images",)
+
+
+def test_a_classifier_as_chen_et_al_train_it_stands_beside_their_number_where_they_have_one():
+    assert [published("baseline", "omniglot", 5, shots).value for shots in (1, 5)] == [0.9489, 0.9912]
+    assert [published("baseline", "omniglot", 20, shots).value for shots in (1, 5)] == [0.729, 0.923]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from metabench.algorithms import siamese
+from metabench.algorithms.distortions import components, distorted, warp
 from metabench.algorithms.siamese import Siamese, build, draw, similarities
 from metabench.backbones import Koch
 from metabench.episodes import Batch, Episode, ImageData, Problem
@@ -207,6 +208,56 @@ def test_a_few_steps_lower_the_loss(backbone: str, lr: float) -> None:
     for step in range(30):
         loss = trainer.step(replace(episode, seeds=torch.tensor([step])))["loss"]
     assert loss < 0.4
+
+
+def test_a_distorted_image_is_the_papers_map_pixel_by_pixel() -> None:
+    """Section 3.2, T = (turn, shears, scales, shifts): for each new pixel, the point of the old image it comes from."""
+    side, drawn = 9, components(torch.tensor([3]), 6)[0]
+    image = torch.rand(6, 1, side, side, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    got = warp(image, drawn)
+    for i, (angle, shear_x, shear_y, scale_x, scale_y, shift_x, shift_y) in enumerate(drawn.tolist()):
+        turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        forward = turn @ np.array([[1, shear_x], [shear_y, 1]]) @ np.diag([scale_x, scale_y])
+        for row in range(side):
+            for column in range(side):
+                middle = (side - 1) / 2
+                moved = np.array([column - middle - shift_x * side, row - middle - shift_y * side])
+                x, y = np.linalg.solve(forward, moved) + middle
+                wanted = 0.0
+                for r in (math.floor(y), math.floor(y) + 1):
+                    for c in (math.floor(x), math.floor(x) + 1):
+                        if 0 <= r < side and 0 <= c < side:
+                            wanted += (1 - abs(y - r)) * (1 - abs(x - c)) * image[i, 0, r, c].item()
+                assert got[i, 0, row, column].item() == pytest.approx(wanted, abs=1e-12)
+    still = torch.tensor([[0.0, 0, 0, 1, 1, 0, 0]], dtype=torch.float64)
+    torch.testing.assert_close(warp(image[:1], still), image[:1], rtol=0, atol=1e-12)
+
+
+def test_each_distortion_takes_part_in_half_of_the_images_and_keeps_to_its_range() -> None:
+    drawn = components(torch.arange(100), 40)
+    away = (drawn - torch.tensor([0, 0, 0, 1, 1, 0, 0])).reshape(-1, 7)
+    part = away != 0
+    assert ((part.double().mean(0) - 0.5).abs() < 5 * 0.5 / math.sqrt(4000)).all()
+    ranges = torch.tensor([math.radians(10), 0.3, 0.3, 0.2, 0.2, 2 / 105, 2 / 105], dtype=torch.float64)
+    assert (away.abs() <= ranges).all()
+    assert (away.amax(0) > 0.98 * ranges).all() and (away.amin(0) < -0.98 * ranges).all()
+    together = torch.corrcoef(torch.cat([part.double(), away], 1).T) - torch.eye(14)
+    assert together.abs().max() < 5 / math.sqrt(4000), "independent of each other"
+    assert torch.equal(components(torch.tensor([17]), 40)[0], drawn[17]), "a task's own seed"
+
+
+def test_training_alone_is_distorted_support_and_query_each_image_for_itself() -> None:
+    plain, algorithm, episode = make().eval(), make(distort=True).eval(), images(4)
+    changed = distorted(episode)
+    shifts = torch.cat([changed.support.x - episode.support.x, changed.query.x - episode.query.x], 1)
+    assert (shifts.flatten(2).abs().amax(-1) > 0).double().mean() > 0.9  # one in 2^7 stays as it is
+    torch.testing.assert_close(algorithm.loss(episode)[0], plain.loss(changed)[0], rtol=0, atol=0)
+    assert algorithm.loss(episode)[0] != plain.loss(episode)[0]
+    answers = [one.adapt(episode.support, seeds=SEEDS)(episode.query.x) for one in (plain, algorithm)]
+    assert torch.equal(*answers)
+    twins = replace(episode, support=replace(episode.support, x=episode.query.x))
+    both = distorted(twins)
+    assert not torch.equal(both.support.x, both.query.x)
 
 
 def test_ordinary_weight_decay() -> None:

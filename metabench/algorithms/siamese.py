@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metabench.algorithms.base import Learner, Metrics, Schedule, Trainer, schedule, uniform
+from metabench.algorithms.distortions import distorted
 from metabench.algorithms.finetune import Finetune, Finetuned, linear_scores
 from metabench.algorithms.metric import best_of_class
 from metabench.backbones import Backbone, Koch, make_backbone
@@ -42,7 +43,8 @@ class Siamese(Finetuned):
     cross-entropy; each image is encoded once for all its pairs (exact: the two branches share their weights).
     `pairs="drawn"` is the paper's half and half: for each query one support image of its class and one of another,
     drawn by the task's seed. `pairs="all"` takes every pair, the same ones with half the weight: what the drawn loss
-    is on average.
+    is on average. With `distort` every image of a training episode is distorted first, as in the paper's section 3.2;
+    each step draws anew, where the paper keeps eight copies.
 
     The Learner's logits are the pair's logits (a probability would round to 1, and tie), over the shots of a class
     their mean or their maximum; the paper has one shot. A network that answers the same for all pairs ties: chance.
@@ -60,6 +62,7 @@ class Siamese(Finetuned):
         backbone: Backbone,
         *,
         pairs: Pairs,
+        distort: bool,
         combine: Literal["mean", "max"],
         weight_decay: float,
         lr: float,
@@ -70,7 +73,7 @@ class Siamese(Finetuned):
         self.use(finetune)
         if weight_decay < 0:
             raise ConfigError(f"siamese: weight_decay must be 0 or more, not {weight_decay}")
-        self.pairs, self.combine, self.weight_decay = pairs, combine, weight_decay
+        self.pairs, self.distort, self.combine, self.weight_decay = pairs, distort, combine, weight_decay
         self.head = nn.Linear(backbone.out_dim, 1)
         if isinstance(backbone, Koch):  # section 3.2: fully connected layers, all alike
             nn.init.normal_(self.head.weight, 0.0, 0.2)
@@ -112,7 +115,7 @@ class Siamese(Finetuned):
         """Binary cross-entropy over pairs, half of them of one class; `pair_accuracy` is no one-shot accuracy."""
         if not isinstance(batch, Episode):
             raise TypeError("Siamese trains on episodes")
-        support, query = self.embed_episode(batch)
+        support, query = self.embed_episode(distorted(batch) if self.distort else batch)
         same = batch.query.y[:, :, None] == support.y[:, None]  # (T, m, n)
         if self.pairs == "all":
             logits = similarities(query, support.x, self._score)
@@ -156,6 +159,7 @@ def build(
     backbone: str = "conv4",
     norm: Literal["running", "support", "each", "tasknorm", "layer", "batch"] = "running",
     pairs: Literal["drawn", "all"] = "drawn",
+    distort: bool = False,
     combine: Literal["mean", "max"] = "mean",
     weight_decay: float = 0.0,
     lr: float = 1e-3,
@@ -168,7 +172,8 @@ def build(
 
     With the default backbone it is no network of the paper's but its head and its training on the Conv-4 of the other
     metric methods ("siamese-conv4"). For the paper's networks a known rate is 6e-5 (fangpin/siamese-pytorch, Adam,
-    batches of 128); they have no normalisation, so that `norm` must stay as it is.
+    batches of 128); they have no normalisation, so that `norm` must stay as it is. `distort` is how
+    the paper's best network was trained.
 
     `finetune_*`: gradient steps on support sets in evaluation, not in the paper (see `Siamese`).
     """
@@ -179,6 +184,7 @@ def build(
         problem,
         network,
         pairs=pairs,
+        distort=distort,
         combine=combine,
         weight_decay=weight_decay,
         lr=lr,

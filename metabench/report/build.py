@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -143,8 +144,15 @@ def _row(m: Method, data: RunData, reference: Method | None, backbone: str, note
 
 
 def _deviations(paper: Published, m: Method) -> tuple[str, ...]:
-    queries, within = count(m.rows.iloc[0]["queries"]), first(m.rows, "within")
-    return paper.deviations(split=first(m.rows, "split"), queries=queries, bn_mode=m.bn_mode, within=within)
+    task = m.rows.iloc[0]
+    return paper.deviations(
+        split=first(m.rows, "split"),
+        queries=count(task["queries"]),
+        bn_mode=m.bn_mode,
+        within=first(m.rows, "within"),
+        steps=json.loads(first(m.rows, "params") or "{}").get("test_steps"),
+        data=_data_parameters(task),
+    )
 
 
 def _remarks(m: Method, quality: Interval | None) -> list[str]:

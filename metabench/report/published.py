@@ -37,8 +37,32 @@ class Published:
     headline: bool
     within: bool = False
 
-    def deviations(self, *, split: str, queries: int | None, bn_mode: str, within: str = "none") -> tuple[str, ...]:
-        """What its protocol is known to do differently from a row of ours, in words; empty where nothing is known."""
+    @property
+    def steps(self) -> int | None:
+        """The inner steps before its test, where the source says."""
+        found = re.search(r"(one|[0-9]+) adaptation step", self.protocol)
+        return None if found is None else 1 if found[1] == "one" else int(found[1])
+
+    @property
+    def side(self) -> int | None:
+        """The pixels of its square images' side, where the source says."""
+        found = re.search(r"\b([0-9]+)x\1\b", self.protocol)
+        return None if found is None else int(found[1])
+
+    def deviations(
+        self,
+        *,
+        split: str,
+        queries: int | None,
+        bn_mode: str,
+        within: str = "none",
+        steps: int | None = None,
+        data: str = "",
+    ) -> tuple[str, ...]:
+        """What its protocol is known to do differently from a row of ours, in words; empty where nothing is known.
+
+        `steps` are our row's inner steps in evaluation (None: not known), `data` its data set's parameters.
+        """
         said = []
         if self.split and self.split != re.sub("^random[0-9]+$", "random", split):  # random1200 is one such draw
             said.append(f"{self.split} split")
@@ -47,7 +71,11 @@ class Published:
         if self.bn_mode and self.bn_mode != bn_mode:
             said.append(self.bn_mode)
         if self.queries is not None and self.queries != queries:
-            said.append("1 query" if self.queries == 1 else f"{self.queries} queries")
+            said.append(_counted(self.queries, "query", "queries"))
+        if None not in (self.steps, steps) and self.steps != steps:
+            said.append(_counted(self.steps, "inner step", "inner steps"))
+        if self.side is not None and f"size={self.side}" not in data.split(", "):
+            said.append(f"{self.side}x{self.side} images")
         return tuple(said)
 
 
@@ -108,6 +136,10 @@ def _row(record: dict[str, str]) -> Published:
         headline=record["headline"] == "yes",
         within=record["split"] == WITHIN,
     )
+
+
+def _counted(number: int | None, one: str, more: str) -> str:
+    return f"{number} {one if number == 1 else more}"
 
 
 def _count(text: str) -> int | None:
