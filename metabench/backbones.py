@@ -362,7 +362,9 @@ class Koch(Backbone):
     105x105, kernels 10-7-4-4 with 64-128-128-256 filters, pooled after the first three: 96-48-42-21-18-9-6, so that
     9216 activations enter a layer of 4096 units. The paper's reduced form takes 35x35 (its section 4.4), kernels
     5-3-2-2 here, for it does not give them: 31-15-13-6-5-2-1, 256 activations. Initialised as section 3.2 says:
-    N(0, 0.01^2) convolutions, N(0, 0.2^2) weights of the last layer, N(0.5, 0.01^2) biases.
+    N(0, 0.01^2) convolutions, N(0, 0.2^2) weights of the last layer, N(0.5, 0.01^2) biases. The 105x105 form is born
+    saturated that way: the biases alone bring 9216 activations of about 0.5, whose weighted sums have a standard
+    deviation of 10, so that two thirds of the sigmoids begin outside 0.01 to 0.99 (of the reduced form's, hardly any).
     """
 
     KERNELS: ClassVar[dict[int, tuple[int, ...]]] = {105: (10, 7, 4, 4), 35: (5, 3, 2, 2)}

@@ -301,6 +301,7 @@ def test_kochs_network_is_the_papers() -> None:
         (64, 96, 96), (64, 48, 48), (128, 42, 42), (128, 21, 21), (128, 18, 18), (128, 9, 9), (256, 6, 6),
     ]  # fmt: skip
     torch.testing.assert_close(body(x), h, rtol=1e-3, atol=1e-4)
+    assert 0.25 < ((h > 0.01) & (h < 0.99)).double().mean() < 0.4  # saturated from birth, as its docstring says
     weights = {name: p.detach() for name, p in body.named_parameters()}
     for name, p in weights.items():
         spread, middle = (0.01, 0.5) if name.startswith("bias") else (0.2 if name == "weight4" else 0.01, 0.0)

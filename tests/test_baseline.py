@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -130,14 +131,14 @@ def test_pre_training_classifies_all_classes(module: Any) -> None:
 
 
 def simple_shot(support: Batch, x: Tensor, t: int, centre: Tensor | None) -> Tensor:
-    """Wang et al. 2019, section 3: centre, scale to length 1, mean per class, cosine."""
+    """Wang et al. 2019, section 3: centre, scale to length 1, mean per class, Euclidean distance to that mean."""
 
     def transformed(z: Tensor) -> Tensor:
         z = z if centre is None else z - centre
         return z / z.norm(dim=-1, keepdim=True)
 
     means = torch.stack([transformed(support.x[t][support.y[t] == n]).mean(0) for n in range(3)])
-    return F.cosine_similarity(transformed(x[t])[:, None], means[None], dim=-1)
+    return -(transformed(x[t])[:, None] - means[None]).square().sum(-1)
 
 
 @pytest.mark.parametrize("transform", ["l2", "cl2"])
@@ -149,6 +150,15 @@ def test_centroid_is_simple_shot(transform: str) -> None:
     for t in range(3):
         expected = simple_shot(support, x, t, algorithm.centre if transform == "cl2" else None)
         assert torch.allclose(output[t], expected, atol=1e-7)
+
+
+def test_centroid_by_cosine_is_a_variant_that_ranks_alike_with_one_shot() -> None:
+    support, x, seeds = data(7, dim=64)
+    one = replace(support, x=support.x[:, :3], y=torch.arange(3).expand(3, 3))
+    for shots, few in ((1, one), (2, support)):
+        methods = (make(centroid, distance=distance) for distance in ("sqeuclidean", "cosine"))
+        near, alike = (method.adapt_features(few, seeds=seeds)(x).argsort(-1) for method in methods)
+        assert torch.equal(near, alike) == (shots == 1)
 
 
 def test_centroid_without_transform_can_be_euclidean() -> None:

@@ -55,6 +55,26 @@ def test_pixel_nn_is_brute_force() -> None:
             assert output[t, q].argmax() == known.y[t, distances.argmin()]
 
 
+def test_pixel_nn_by_cosine_is_brute_force() -> None:
+    known, g = support(), torch.Generator().manual_seed(1)
+    x = torch.rand(2, 5, 1, 16, 16, generator=g, dtype=torch.float64)
+    output = pixel_nn.build(IMAGES, distance="cosine").adapt(known, seeds=SEEDS)(x)
+    for t in range(2):
+        for q in range(5):
+            a = x[t, q].flatten()
+            cosines = torch.stack([(a @ b) / (a.norm() * b.norm()) for b in known.x[t].flatten(1)])
+            for n in range(3):
+                assert output[t, q, n].item() == pytest.approx(cosines[known.y[t] == n].max().item(), abs=1e-9)
+
+
+def test_pixel_nn_ties_equal_images_of_grey_pixels_in_float32() -> None:
+    known = support().x[:, :1].float()
+    twice = Batch(known.expand(2, 3, 1, 16, 16), torch.arange(3).expand(2, 3), 3)
+    for distance in ("sqeuclidean", "cosine"):
+        output = pixel_nn.build(IMAGES, distance=distance).adapt(twice, seeds=SEEDS)(torch.rand(2, 4, 1, 16, 16))
+        assert (output == output[..., :1]).all()
+
+
 def test_pixel_nn_knows_its_own_support_and_ties_equal_images() -> None:
     known = support()
     output = pixel_nn.build(IMAGES).adapt(known, seeds=SEEDS)(known.x)

@@ -35,7 +35,7 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "matching": (matching, {}),
     "matching-unnormalised": (matching, {"similarity": "cosine_unnormalised_query"}),
     "matching-sqeuclidean": (matching, {"similarity": "sqeuclidean"}),
-    "centroid": (centroid, {}),
+    "centroid": (centroid, {"distance": "cosine"}),
     "centroid-sqeuclidean": (centroid, {"transform": "l2", "distance": "sqeuclidean"}),
     "r2d2": (r2d2, {"scale": 5.0}),
 }

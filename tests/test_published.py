@@ -100,10 +100,27 @@ def test_kochs_trials_stand_apart_from_20_way_over_all_alphabets():
     koch = published("siamese", "omniglot", 20, 1, within=True)
     assert (koch.value, published("siamese", "omniglot", 20, 1).value) == (0.92, 0.88)
     asked = {"split": "background", "queries": 1, "bn_mode": "inductive"}
-    assert koch.deviations(**asked, within="drawer", data="size=105") == ()
-    assert koch.deviations(**asked, within="alphabet", data="size=105") == ("support and queries by other hands",)
+    ten = "10 test alphabets"
+    assert koch.deviations(**asked, within="drawer", data="size=105") == (ten,)
+    assert koch.deviations(**asked, within="alphabet", data="size=105") == ("support and queries by other hands", ten)
     for data in ("", "size=35", "size=1050"):
-        assert koch.deviations(**asked, within="drawer", data=data) == ("105x105 images",)
+        assert koch.deviations(**asked, within="drawer", data=data) == (ten, "105x105 images")
+
+
+def test_a_presentation_in_a_stream_is_no_task_of_few_shots():
+    quoted = published("mann", "omniglot", 5, 1)
+    assert quoted.value == published("mann", "omniglot", 5, None, measure="accuracy_at_2").value == 0.828
+    assert quoted.deviations(split="vinyals", queries=15, bn_mode="inductive") == ("a presentation in streams",)
+    at_2 = published("mann", "omniglot", 5, None, measure="accuracy_at_2")
+    assert at_2.deviations(split="random1200", queries=None, bn_mode="inductive") == ()
+
+
+def test_a_number_by_cosine_is_no_number_by_euclidean_distance():
+    pixels, asked = published("pixel-nn", "omniglot", 5, 1), {"split": "vinyals", "queries": 15, "bn_mode": "inductive"}
+    assert pixels.deviations(**asked, distance="sqeuclidean") == ("cosine",)
+    assert pixels.deviations(**asked, distance="cosine") == pixels.deviations(**asked) == ()
+    assert published("matching", "omniglot", 5, 1).deviations(**asked, distance="cosine_unnormalised_query") == ()
+    assert published("protonet", "omniglot", 5, 1).deviations(**asked, distance="sqeuclidean") == ()
 
 
 def test_a_classifier_as_chen_et_al_train_it_stands_beside_their_number_where_they_have_one():

@@ -58,6 +58,13 @@ def test_the_interval_of_the_difference_joins_both():
     assert found["maml"].agrees and found["maml"].gap.value == pytest.approx(-0.037)
 
 
+def test_what_is_set_away_from_defaults_is_told():
+    rows = run(protonet=0.9).rows
+    rows["cell"] = rows["cell"].str.replace("protonet/", "protonet[lr=0.003,schedule=cosine,train=60w1s5q*4000]/")
+    records = json.loads(render_against(RunData.of(rows), "json"))["comparisons"]
+    assert [one["settings"] for one in records] == ["lr=0.003 schedule=cosine"]
+
+
 def test_records_hold_what_the_table_shows():
     data = run(protonet=0.9, lstm_metalearner=0.5)
     records = json.loads(render_against(data, "json"))["comparisons"]

@@ -1,4 +1,4 @@
-"""Nearest centroid: plain classification of all training classes, then class means of centred, normalised features."""
+"""Nearest centroid: plain classification of all training classes, then class means of centred features of length 1."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ Transform = Literal["none", "l2", "cl2"]
 class Centroid(LinearHead, Classifier):
     """SimpleShot (Wang et al. 2019): no fitting at test time; features are centred and scaled to length 1 (`cl2`).
 
-    The centre is the mean feature of the training images, taken once by `prepare`.
+    A query goes to the nearest mean of a class's features. The means are not scaled again and the distance is Euclidean
+    (its section 3, and `metric_class_type` of its authors' code); `distance="cosine"` is a variant. With one shot
+    both rank alike. The centre is the mean feature of the training images, taken once by `prepare`.
     """
 
     centre: Tensor
@@ -93,7 +95,7 @@ def build(
     backbone: str = "conv4",
     norm: Literal["running", "support", "each", "tasknorm", "layer", "batch"] = "running",
     transform: Literal["none", "l2", "cl2"] = "cl2",
-    distance: Literal["cosine", "sqeuclidean"] = "cosine",
+    distance: Literal["sqeuclidean", "cosine"] = "sqeuclidean",
     centre_images: int = 2048,
     lr: float = 1e-3,
     schedule: Literal["constant", "cosine", "halving"] = "constant",

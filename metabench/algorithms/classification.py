@@ -12,7 +12,13 @@ from metabench.errors import ConfigError
 
 
 class Classifier(Embedding):
-    """Backbone and a layer (`output`, linear) over every class of the training subset, trained on images with Adam."""
+    """Backbone and a layer (`output`, linear) over every class of the training subset, trained on images with Adam.
+
+    As Chen et al. 2019 but for what our data sets and backbones settle (their code: wyharveychen/CloserLookFewShot):
+    images are drawn with replacement and not in epochs, have 28x28 pixels with a background of 0 (theirs are cropped
+    from 32x32, not inverted, and normalised), and weights begin as torch's layers do (theirs: convolutions from
+    N(0, 2 / (9 filters)), biases of the classifier at 0).
+    """
 
     feeds = "images"
 

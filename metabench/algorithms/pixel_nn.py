@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from metabench.algorithms.base import Learner
-from metabench.algorithms.metric import FeatureMethod, best_of_class, negative_sqeuclidean
+from metabench.algorithms.finetune import Distance
+from metabench.algorithms.metric import FeatureMethod, best_of_class, cosine, negative_sqeuclidean
 from metabench.episodes import Batch, Problem
 
 METABENCH: dict[str, object] = {
@@ -22,9 +25,16 @@ METABENCH: dict[str, object] = {
 
 
 class PixelNearestNeighbour(FeatureMethod):
-    """1-nearest neighbour, Euclidean: what no learning at all reaches. Equally near neighbours tie."""
+    """1-nearest neighbour, Euclidean or by cosine (Vinyals et al. 2016): what no learning at all reaches.
+
+    Equal support images tie.
+    """
 
     feeds = None
+
+    def __init__(self, problem: Problem, distance: Distance) -> None:
+        super().__init__(problem)
+        self.distance = distance
 
     @property
     def cacheable(self) -> bool:
@@ -43,9 +53,10 @@ class PixelNearestNeighbour(FeatureMethod):
     def adapt_features(self, support: Batch, *, seeds: Tensor, steps: int | None = None) -> Learner:
         """See `FeatureMethod.adapt_features`."""
         del seeds, steps
-        return lambda x: best_of_class(negative_sqeuclidean(x, support.x), support)
+        score = cosine if self.distance == "cosine" else negative_sqeuclidean
+        return lambda x: best_of_class(score(x, support.x), support)
 
 
-def build(problem: Problem) -> PixelNearestNeighbour:
+def build(problem: Problem, *, distance: Literal["sqeuclidean", "cosine"] = "sqeuclidean") -> PixelNearestNeighbour:
     """The nearest neighbour in pixels."""
-    return PixelNearestNeighbour(problem)
+    return PixelNearestNeighbour(problem, distance)

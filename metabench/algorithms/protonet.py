@@ -72,7 +72,7 @@ def build(
     finetune_lr: float = 0.01,
     finetune_scope: Literal["head", "all"] = "head",
 ) -> ProtoNet:
-    """Prototypical networks; the paper halves the learning rate every 2000 episodes (`schedule="halving"`).
+    """Prototypical networks; the paper halves the learning rate every 2000 episodes (`schedule="halving"`: steps).
 
     `finetune_*`: gradient steps on support sets in evaluation, not in the paper (see `metabench.algorithms.finetune`).
     """

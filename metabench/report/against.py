@@ -67,6 +67,7 @@ def _record(table: Table, one: Comparison) -> dict[str, Any]:
         "rotations": dict(table.protocol).get("rotations", ""),
         "data": dict(table.protocol).get("data", ""),
         "method": row.method,
+        "settings": row.settings,
         "block": one.block,
         "measure": table.measure,
         "seeds": row.seeds,

@@ -136,6 +136,7 @@ def _row(m: Method, data: RunData, reference: Method | None, backbone: str, note
         is_reference=m is reference,
         published=paper,
         deviations=_deviations(paper, m) if paper else (),
+        settings=m.settings,
         adapt_time=m.cost("adapt_time"),
         train_time=m.cost("train_time"),
         train_steps=_steps(m),
@@ -144,14 +145,16 @@ def _row(m: Method, data: RunData, reference: Method | None, backbone: str, note
 
 
 def _deviations(paper: Published, m: Method) -> tuple[str, ...]:
-    task = m.rows.iloc[0]
+    task, params = m.rows.iloc[0], json.loads(first(m.rows, "params") or "{}")
     return paper.deviations(
         split=first(m.rows, "split"),
         queries=count(task["queries"]),
         bn_mode=m.bn_mode,
         within=first(m.rows, "within"),
-        steps=json.loads(first(m.rows, "params") or "{}").get("test_steps"),
+        steps=params.get("test_steps"),
         data=_data_parameters(task),
+        # what came before the parameter was there was Euclidean
+        distance=params.get("similarity", params.get("distance", "sqeuclidean" if m.algorithm == "pixel-nn" else "")),
     )
 
 

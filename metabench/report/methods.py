@@ -38,6 +38,12 @@ class Method:
         """inductive or transductive; empty where the method has no normalisation."""
         return first(self.rows, "bn_mode")
 
+    @property
+    def settings(self) -> str:
+        """What its suite sets away from its defaults, as its cells' ids have it: 'lr=0.003 schedule=cosine'."""
+        inside = first(self.rows, "cell").partition("/")[0].partition("[")[2].rstrip("]")
+        return " ".join(item for item in inside.split(",") if item and not item.startswith("train="))
+
     def of(self, measure: str) -> pd.DataFrame:
         """Its finished rows of one measure."""
         rows = self.rows[(self.rows["measure"] == measure) & (self.rows["status"] == "ok")]

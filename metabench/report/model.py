@@ -97,8 +97,8 @@ class Row:
     `quality` is an interval over seeds (`seeds` >= 2) or over episodes; `difference` is to the table's reference on
     the same episodes. `adapt_time` is in seconds per task, `train_time` in seconds. `mark` is "best" where the
     intervals support it, "here" where they do so for these trainings only. `is_reference`: the row others differ
-    from. `status` is ok, or what became of the cells, with
-    `reason`; a row may be ok with some `failed_seeds`. `notes` are keys of the table's notes.
+    from. `status` is ok, or what became of the cells, with `reason`; a row may be ok with some `failed_seeds`.
+    `settings` are the parameters set away from the method's defaults. `notes` are keys of the table's notes.
     """
 
     method: str
@@ -113,6 +113,7 @@ class Row:
     is_reference: bool = False
     published: Published | None = None
     deviations: tuple[str, ...] = ()
+    settings: str = ""
     adapt_time: Interval | None = None
     train_time: Interval | None = None
     train_steps: int | None = None

@@ -58,16 +58,22 @@ class Published:
         within: str = "none",
         steps: int | None = None,
         data: str = "",
+        distance: str = "",
     ) -> tuple[str, ...]:
         """What its protocol is known to do differently from a row of ours, in words; empty where nothing is known.
 
-        `steps` are our row's inner steps in evaluation (None: not known), `data` its data set's parameters.
+        `steps` are our row's inner steps in evaluation (None: not known), `data` its data set's parameters, `distance`
+        how it compares features or pixels.
         """
         said = []
         if self.split and self.split != re.sub("^random[0-9]+$", "random", split):  # random1200 is one such draw
             said.append(f"{self.split} split")
         if self.within and within != "drawer":
             said.append("support and queries by other hands")
+        if self.measure == "accuracy" and self.protocol.startswith("streams"):
+            said.append("a presentation in streams")
+        if self.within and "evaluation alphabets" in self.protocol:  # ours has all twenty of its test half
+            said.append("10 test alphabets")
         if self.bn_mode and self.bn_mode != bn_mode:
             said.append(self.bn_mode)
         if self.queries is not None and self.queries != queries:
@@ -76,6 +82,8 @@ class Published:
             said.append(_counted(self.steps, "inner step", "inner steps"))
         if self.side is not None and f"size={self.side}" not in data.split(", "):
             said.append(f"{self.side}x{self.side} images")
+        if distance and "cosine" in self.protocol and not distance.startswith("cosine"):
+            said.append("cosine")
         return tuple(said)
 
 
