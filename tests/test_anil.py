@@ -12,6 +12,7 @@ from metabench.algorithms import anil, maml
 from metabench.algorithms.anil import Anil
 from metabench.algorithms.base import query_loss
 from metabench.backbones import Conv4, Network
+from metabench.catalogue import catalogue
 from metabench.episodes import Batch, Episode, Problem
 from metabench.errors import ConfigError
 
@@ -257,6 +258,34 @@ def test_defaults_are_mamls() -> None:
     assert model.head is not None and 0.8 < float(model.head.weight.detach().std()) < 1.2
     assert anil.build(PROBLEM).head is None and sinus.head is not None
     assert model.backbone.name == "conv4-strided" and sinus.backbone.name == "mlp"
+
+
+@pytest.mark.parametrize(("ways", "rate"), [(5, 0.4), (20, 0.1)])
+def test_the_inner_rate_is_mamls_for_5_and_for_20_ways(ways: int, rate: float) -> None:
+    problem = Problem((1, 28, 28), "cross_entropy", ways)
+    assert anil.build(problem).inner_lr == pytest.approx(rate, rel=1e-12)
+    assert anil.build(problem, inner_loss="mean").inner_lr == 0.4
+
+
+def test_running_averages_are_offered() -> None:
+    """Unlike where the inner loop moves the body; see the tests of `maml`."""
+    assert catalogue().algorithms["anil"].resolve({"norm": "running"})["norm"] == "running"
+
+
+def test_the_head_of_the_paper_is_at_chance_before_its_first_step() -> None:
+    """It has a preference for every image, but none that has to do with labels which are drawn anew for each task."""
+    torch.manual_seed(0)
+    model = anil.build(PROBLEM, head_init="normal", inner_lr=0.1).eval()
+    classes = torch.rand(200, 3, 1, 16, 16)
+    support, query = (Batch(classes + 0.1 * torch.rand_like(classes), torch.arange(3).expand(200, -1), 3) for _ in "sq")
+    spread = (2 / 9 / 600) ** 0.5
+    with torch.no_grad():
+        before, after = (
+            float(query_loss(PROBLEM, learner(query.x), query)[1]["accuracy"])
+            for learner in (model.adapt(support, seeds=torch.arange(200), steps=steps) for steps in (0, 20))
+        )
+    assert abs(before - 1 / 3) < 4 * spread
+    assert after > 1 / 3 + 8 * spread
 
 
 @pytest.mark.parametrize(

@@ -48,3 +48,13 @@ def test_the_trials_are_as_many_for_every_method_begin_with_its_own_settings_and
         assert cell.seed not in {c.seed for c in papers.cells()}
     assert {name: len({*settings}) for name, settings in mine.items()} == dict.fromkeys(mine, 4)
     assert {name: settings[0] for name, settings in mine.items()} == {name: own[name] for name in mine}
+
+
+def test_the_papers_suite_trains_as_the_papers_do():
+    """60-way 1-shot (Snell et al. 2017); batches of 16 for what is five epochs of Chen et al. 2019."""
+    trained = {}
+    for cell in load_suite("omniglot-papers").cells():
+        trained.setdefault(cell.algorithm, []).append(cell.train)
+    assert {(train.ways, train.shots, train.tasks) for train in trained["protonet"]} == {(60, 1, 1)}
+    for name in ("baseline", "baseline++", "linear-probe"):
+        assert {(train.batch, train.steps) for train in trained[name]} == {(16, 25700)}, name

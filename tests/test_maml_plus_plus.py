@@ -156,6 +156,20 @@ def test_loss_and_gradients_are_those_of_the_loops(
     assert relative_error(gradients(model, data), wanted) < 1e-10
 
 
+@pytest.mark.parametrize(
+    ("progress", "weights", "second_order"), [(0.0, [1 / 3, 1 / 3, 1 / 3], False), (0.5, [0.0, 0.0, 1.0], True)]
+)
+def test_so_they_are_from_a_zero_head(progress: float, weights: list[float], second_order: bool) -> None:
+    model, data = at(small(inner_steps=3), progress), episode()
+    with torch.no_grad():
+        for parameter in model.network.head.parameters():
+            parameter.zero_()
+    loss, wanted = by_loops(model, data, weights, second_order=second_order)
+    assert float(model.train().loss(data)[0].detach()) == pytest.approx(loss, rel=1e-10)
+    assert wanted["network.backbone.conv0"].norm() > 1e-4
+    assert relative_error(gradients(model, data), wanted) < 1e-10
+
+
 @pytest.mark.parametrize("second_order", [False, True])
 def test_the_multi_step_loss_is_exact_in_the_second_order_too(second_order: bool) -> None:
     model, data = small(inner_steps=2, first_order=0.0 if second_order else 1.0), episode()
@@ -323,11 +337,21 @@ def test_steps_beyond_those_of_the_training_are_as_its_last() -> None:
 
 
 def test_defaults_are_the_papers() -> None:
+    torch.manual_seed(0)
     model = maml_plus_plus.build(Problem(shape=(1, 28, 28), loss="cross_entropy", ways=5))
     assert (model.train_steps, model.test_steps, model.inner_lr) == (5, 5, 0.1)
     assert (model.multi_step, model.first_order) == (0.1, 0.5)
     assert model.network.backbone.name == "conv4"
     assert sum(p.numel() for p in model.parameters()) == 576 + 3 * 36_864 + 4 * 64 * (1 + 2 * 5) + 325 + 10 * 5
+    assert maml_plus_plus.METABENCH["train"] == {"tasks": 8}
+    assert (model.inner_loss, model.lr, model.schedule) == ("mean", 1e-3, "cosine")
+    assert isinstance(model.network.backbone, Conv4) and model.network.backbone.slope == 0.01
+    assert not any("gamma" in n or "beta" in n for n in model.adapted)  # batch norm stays out of the inner loop
+    assert model.rates is not None and all(torch.equal(r, torch.full((5,), 0.1)) for r in model.rates.values())
+    head, bound = model.network.head, (6 / (64 + 5)) ** 0.5  # Xavier uniform
+    assert 0.95 * bound < float(head.weight.detach().abs().max()) <= bound and not head.bias.any()
+    twenty = maml_plus_plus.build(Problem(shape=(1, 28, 28), loss="cross_entropy", ways=20))
+    assert (twenty.train_steps, twenty.test_steps, twenty.inner_lr) == (5, 5, 0.1)
     curve = maml_plus_plus.build(Problem(shape=(1,), loss="mse"))
     assert curve.inner_lr == 0.01 and curve.network.backbone.name == "mlp"
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -14,16 +16,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from metabench.algorithms import lstm_baseline, mann
+from metabench.algorithms import lstm_baseline, mann, sequence
 from metabench.algorithms.base import query_loss
 from metabench.algorithms.mann import Mann
 from metabench.algorithms.metric import UNIT_EPS
 from metabench.algorithms.sequence import in_random_order, previous
-from metabench.episodes import Batch, Episode, Problem, Stream
+from metabench.episodes import Batch, Episode, ImageData, Problem, Stream, Subset, TaskDistribution
 from metabench.errors import ConfigError
+from metabench.scoring import follow_streams
 
 PROBLEM = Problem(shape=(1, 4, 4), loss="cross_entropy", ways=3, classes=9)
 LONG = 120  # training steps until it remembers
+STREAM_STEPS = 60  # training steps on streams: enough to copy a label that is shown
 SMALL: dict[str, Any] = {"units": 5, "slots": 8, "width": 3, "heads": 2}
 
 
@@ -356,6 +360,43 @@ def test_it_learns_to_remember_which_label_came_with_which_image(module: Any) ->
     test = tasks(-1, 200)
     with torch.no_grad():
         assert query_loss(algorithm.problem, answer(algorithm, test), test.query)[1]["accuracy"] > 0.95
+
+
+def patterns(subset: Subset) -> TaskDistribution:
+    """Streams of 4 x 4 patterns with noise; the classes of training and test are not the same."""
+    draw = np.random.default_rng(0)
+    noise = draw.random((24, 6, 4, 4)) < 0.05
+    images = np.where((draw.random((24, 1, 4, 4)) < 0.5) ^ noise, 255, 0).astype(np.uint8)
+    subsets = {"train": np.arange(12), "val": np.arange(12, 14), "test": np.arange(14, 24)}
+    data = ImageData("patterns", "1", "only", images, tuple(map(str, range(24))), subsets)
+    return data.tasks(subset, ways=3, shots=1, queries=1, rotations="none", seed=0, device="cpu")
+
+
+def accuracies_at_first_presentations() -> list[float]:
+    """Of a small MANN after a short training on streams of 9: of each test stream."""
+    torch.manual_seed(0)
+    train, test = patterns("train"), patterns("test")
+    algorithm = mann.build(train.problem, units=32, slots=8, width=8, heads=1, lr=1e-2)
+    trainer = algorithm.train().trainer(STREAM_STEPS)
+    for step in range(STREAM_STEPS):
+        trainer.step(train.streams(32 * step, 32, 9))
+    return follow_streams(algorithm.eval().follow, test, 400, 9).at(1).scores
+
+
+MOST = (1 / 3 + 1 / 2 + 1) / 3  # for the paper's five classes 45.7 %
+"""At first presentations: whoever sees that an image is new can rule out the labels that were given, and no more."""
+
+
+def test_first_presentations_are_answered_no_better_than_by_ruling_labels_out() -> None:
+    first = accuracies_at_first_presentations()
+    assert statistics.fmean(first) <= MOST + 4 * statistics.stdev(first) / len(first) ** 0.5
+
+
+def test_who_is_shown_the_label_with_the_image_gives_itself_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same training, but y_t is fed where y_{t-1} belongs: the test above would see it."""
+    monkeypatch.setattr(sequence, "previous", lambda labels: labels)
+    first = accuracies_at_first_presentations()
+    assert statistics.fmean(first) > 0.9
 
 
 def test_other_ways_than_trained_for_are_skipped_with_the_reason() -> None:

@@ -59,6 +59,22 @@ def test_equation_1(seed: int, shots: int, kind: str) -> None:
                 assert output[t, q, n].item() == pytest.approx(math.log(voted / sum(weights)), rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.parametrize("kind", ["cosine", "cosine_unnormalised_query", "sqeuclidean"])
+@pytest.mark.parametrize("counts", [(2, 1, 3), (2, 0, 3)])
+def test_classes_may_have_unequal_numbers_of_examples(counts: tuple[int, ...], kind: str) -> None:
+    """Every example has its vote; the class that has none has no probability, and takes none from the others."""
+    support, x = data(4)
+    y = torch.arange(3).repeat_interleave(torch.tensor(counts))
+    support = Batch(support.x[:, : len(y)], torch.stack([y, y.flip(0)]), 3)
+    output = make(similarity=kind).adapt_features(support, seeds=SEEDS)(x).exp()
+    for t in range(2):
+        for q in range(x.shape[1]):
+            weights = [math.exp(similarity(kind, x[t, q], s)) for s in support.x[t]]
+            for n in range(3):
+                voted = sum(w for w, label in zip(weights, support.y[t], strict=True) if label == n)
+                assert output[t, q, n].item() == pytest.approx(voted / sum(weights), rel=1e-5, abs=0)
+
+
 def test_the_loss_is_the_mixtures_likelihood() -> None:
     support, x = data(1)
     output = make().adapt_features(support, seeds=SEEDS)(x)
@@ -88,6 +104,20 @@ def test_one_shot_squared_distance_is_a_prototypical_network() -> None:
     prototypical = protonet.build(PROBLEM).double()
     expected = prototypical.adapt_features(support, seeds=SEEDS)(x).log_softmax(-1)
     assert torch.allclose(make(similarity="sqeuclidean").adapt_features(support, seeds=SEEDS)(x), expected, rtol=1e-10)
+
+
+def test_one_shot_raw_cosine_is_the_softmax_over_the_classes_cosines() -> None:
+    """What a prototypical network with the cosine answers as well."""
+    support, x = data(2, shots=1)
+    output = make(temperature=1.0, learn_temperature=False).adapt_features(support, seeds=SEEDS)(x)
+    for t in range(2):
+        examples = [support.x[t, support.y[t].tolist().index(n)] for n in range(3)]
+        for q in range(x.shape[1]):
+            cosines = torch.stack([x[t, q] @ s / (x[t, q].norm() * s.norm()) for s in examples])
+            torch.testing.assert_close(output[t, q].exp(), cosines.exp() / cosines.exp().sum(), rtol=1e-7, atol=0)
+    prototypical = protonet.build(PROBLEM, distance="cosine").double()
+    expected = prototypical.adapt_features(support, seeds=SEEDS)(x).log_softmax(-1)
+    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_far_classes_keep_finite_logits_and_gradients() -> None:
@@ -284,3 +314,9 @@ def test_without_context_nothing_is_added() -> None:
         assert torch.equal(parameter, contextual.get_parameter(name))
     with pytest.raises(ConfigError, match="fce_steps must be at least 1"):
         make(fce_steps=0)
+
+
+def test_context_and_fine_tuning_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match="a linear head knows no context: set finetune_steps=0 or fce=false"):
+        with_context(finetune_steps=1)
+    assert make(finetune_steps=1).finetune.steps == 1 and with_context(finetune_steps=0).context is not None

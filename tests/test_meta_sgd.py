@@ -105,6 +105,17 @@ def test_outer_gradients_of_weights_and_rates_are_those_of_the_loops(strategy: S
     assert relative_error(gradients(model, data), by_loops(model, data)) < 1e-10
 
 
+def test_so_they_are_from_a_zero_head() -> None:
+    model, data = small(), episode()
+    with torch.no_grad():
+        for parameter in model.network.head.parameters():
+            parameter.zero_()
+    wanted = by_loops(model, data)
+    assert wanted["rates.head_weight"].norm() > 1e-4 and wanted["network.backbone.conv0"].norm() > 1e-4
+    assert not wanted["rates.backbone_conv0"].any()  # its inner gradient passes a head of zeros
+    assert relative_error(gradients(model, data), wanted) < 1e-10
+
+
 @pytest.mark.parametrize("norm", ["support", "each", "tasknorm", "layer", "batch"])
 @pytest.mark.parametrize("strategy", ["vmap", "grouped", "unfold"])
 @pytest.mark.parametrize("adapt_norm", [False, True])

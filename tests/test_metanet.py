@@ -15,7 +15,7 @@ from metabench.algorithms import metanet
 from metabench.algorithms.base import query_loss
 from metabench.algorithms.metanet import MetaNet, build, generate, loss_gradients, preprocess, reading
 from metabench.algorithms.reptile import mini_batches
-from metabench.episodes import Batch, Episode, Problem
+from metabench.episodes import Batch, Episode, Problem, philox_key, words
 from metabench.errors import ConfigError
 
 WAYS, SIDE = 3, 20  # 20 -> 10 -> 5 -> 3 -> 2 -> 1: odd sides, where floor and ceil differ
@@ -103,6 +103,18 @@ def plain_mlp(params: Weights, gradient: Tensor) -> Tensor:
     return (h @ params["out.weight"].T + params["out.bias"]).reshape(gradient.shape)
 
 
+def plain_groups(seed: int, examples: int, most: int) -> list[list[int]]:
+    """All examples in the random order that a task's seed gives, cut off in equal parts, so far as they go."""
+    draw = words(philox_key("reptile", seed), 0, 1, examples)[0].tolist()
+    left = [place for _, place in sorted(zip(draw, range(examples), strict=True))]
+    size = math.ceil(examples / most)
+    groups: list[list[int]] = []
+    while left:
+        groups.append(left[:size])
+        left = left[size:]
+    return groups
+
+
 def plain_logits(
     model: MetaNet,
     params: Weights,
@@ -123,14 +135,13 @@ def plain_logits(
     base, key = part("base."), part("key.")
     names = ["conv4", "hidden", "output"] if augment == "last" else list(base)
     n = data.support.x.shape[1]
-    size = math.ceil(n / model.task_steps)
-    groups = mini_batches(data.seeds, n, size, math.ceil(n / size))
     answers = []
     for t in range(data.support.tasks):
         x, y = data.support.x[t], data.support.y[t]
         task: Weights = {}
+        groups = plain_groups(int(data.seeds[t]), n, model.task_steps)
         if task_weights:
-            turns = [plain_gradient(key, names, x[group], y[group]) for group in groups[t]]
+            turns = [plain_gradient(key, names, x[group], y[group]) for group in groups]
             task = {name: plain_lstm(generator("task", name), [g[name] for g in turns]) for name in names}
         memory, keys = [], []
         for i in range(n):
@@ -152,7 +163,8 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 
 @pytest.mark.parametrize("augment", ["all", "last"])
 @pytest.mark.parametrize(
-    ("task_weights", "shots", "task_steps"), [(True, 1, 5), (True, 2, 2), (True, 2, 4), (False, 2, 5)]
+    ("task_weights", "shots", "task_steps"),
+    [(True, 1, 5), (True, 1, 2), (True, 2, 2), (True, 2, 4), (False, 2, 5)],
 )
 @pytest.mark.parametrize("chunked", [False, True])
 def test_answers_and_gradients_are_those_of_the_loops(
@@ -284,7 +296,7 @@ def test_every_query_has_weights_of_its_own() -> None:
         together = learner(data.query.x)
         alone = torch.cat([learner(data.query.x[:, q : q + 1]) for q in range(9)], 1)
         assert relative_error(together, alone) < 1e-12
-        _, _, keys = model._learn(data.support.x, data.support.y, torch.zeros(2, 3, 1, dtype=torch.int64))
+        _, _, keys = model._learn(data.support.x, data.support.y, torch.arange(3).expand(2, -1))
         attention = F.cosine_similarity(keys[:, :, None], keys[:, None], dim=-1).softmax(-1)
         assert len({round(float(a), 9) for a in attention[0, 0]}) == WAYS
 
@@ -305,11 +317,11 @@ def test_the_network_is_the_papers() -> None:
 
 def test_only_the_last_three_layers_are_augmented() -> None:
     model, data = small(augment="last"), episode()
-    groups = torch.zeros(2, 3, 1, dtype=torch.int64)
-    task, memory, keys = model._learn(data.support.x, data.support.y, groups)
+    order = torch.arange(3).expand(2, -1)
+    task, memory, keys = model._learn(data.support.x, data.support.y, order)
     assert list(memory) == ["conv4", "hidden", "output"] and list(task) == ["conv4", "hidden"]
     assert memory["conv4"].shape == (2, WAYS, 4, 4, 3, 3) and keys.shape == (2, WAYS, 4)
-    whole = small()._learn(data.support.x, data.support.y, groups)
+    whole = small()._learn(data.support.x, data.support.y, order)
     assert list(whole[1]) == list(metanet.LAYERS) and list(whole[0]) == list(metanet.LAYERS[:-1])
 
 
@@ -319,19 +331,56 @@ def test_without_task_weights_there_is_no_d() -> None:
     assert sum(p.numel() for p in small().parameters()) - sum(p.numel() for p in model.parameters()) == 2 * 1861
 
 
-@pytest.mark.parametrize(("shots", "task_steps", "turns"), [(1, 5, 3), (2, 5, 3), (4, 3, 3), (1, 1, 1)])
-def test_the_support_set_is_taken_in_so_many_groups(
-    shots: int, task_steps: int, turns: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("shots", "task_steps", "sizes"),
+    [
+        (1, 5, [1, 1, 1]),
+        (2, 5, [2, 2, 2]),
+        (4, 3, [4, 4, 4]),
+        (1, 1, [3]),
+        (1, 2, [2, 1]),
+        (3, 5, [2, 2, 2, 2, 1]),
+        (4, 5, [3, 3, 3, 3]),
+        (3, 4, [3, 3, 3]),
+    ],
+)
+def test_every_support_example_is_in_one_of_the_groups(
+    shots: int, task_steps: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And once: an image that came twice would weigh twice in what the representation learner makes of the task."""
     model, data = small(task_steps=task_steps), episode(shots=shots)
-    seen = []
-    learn = model._learn
-    monkeypatch.setattr(model, "_learn", lambda x, y, groups: (seen.append(groups), learn(x, y, groups))[1])
+    seen: list[Tensor] = []  # images of each call, (tasks, groups, size, ...)
+
+    def gradients(net: Any, names: Any, h: Tensor, y: Tensor) -> Weights:
+        if net is model.key:
+            seen.append(h)
+        return loss_gradients(net, names, h, y)
+
+    monkeypatch.setattr(metanet, "loss_gradients", gradients)
     with torch.no_grad():
         model.adapt(data.support, seeds=data.seeds)
-    assert seen[0].shape[:2] == (2, turns)
-    assert all(set(task.flatten().tolist()) == set(range(WAYS * shots)) for task in seen[0])
-    assert not torch.equal(seen[0][0], seen[0][1]) or turns == 1
+    groups = [group for call in seen for group in call.unbind(1)]
+    assert [group.shape[1] for group in groups] == sizes
+    shown = torch.cat(groups, 1).flatten(2)
+    for got, task in zip(shown, data.support.x.flatten(2), strict=True):
+        places = [[torch.equal(one, image) for image in task].index(True) for one in got]
+        assert sorted(places) == list(range(WAYS * shots))
+    assert not torch.equal(*shown.sum(-1)) or sizes == [3]
+
+
+def test_equal_groups_give_the_bits_that_mini_batches_of_reptile_gave() -> None:
+    """Results before groups could be unequal stay what they were: the paper's protocols all have equal ones."""
+    model, data = small(task_steps=5), episode(shots=2)
+    order = mini_batches(data.seeds, 6, 6, 1)[:, 0]
+    with torch.no_grad():
+        got = model._task_weights(data.support.x, data.support.y, order)
+        groups, row = mini_batches(data.seeds, 6, 2, 3), torch.arange(2)[:, None, None]
+        x, y = data.support.x[row, groups], data.support.y[row, groups]
+        gradients = loss_gradients(model.key, model.augmented, x, y)
+        for name in got:
+            generator = model.task["conv" if name.startswith("conv") else "full"]
+            assert torch.equal(got[name], generate(generator, gradients[name].transpose(0, 1)))
+    assert got.keys() == set(metanet.LAYERS[:-1])
 
 
 def test_zero_steps_leave_the_fast_weights_out() -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from metabench.algorithms import relation
 from metabench.algorithms.base import tracking
 from metabench.algorithms.relation import RelationNet, build
+from metabench.counts import flops
 from metabench.episodes import Batch, Episode, Problem
 from metabench.errors import ConfigError
 
@@ -82,12 +83,13 @@ class Textbook(nn.Module):
         self.relation = nn.Sequential(*layers, nn.Flatten(), hidden, nn.ReLU(), score)
 
     def pairs(self, support: Tensor, y: Tensor, queries: Tensor, ways: int, mean: bool = False) -> Tensor:
-        """All pairs of a task's maps (m, N, 128, 5, 5): the class's before the query's."""
+        """All pairs of a task's maps (m, N, 128, 5, 5): the class's, zero where it has none, before the query's."""
         rows = []
         for query in queries:
             for n in range(ways):
                 own = [s for s, label in zip(support, y, strict=True) if label == n]
-                rows.append(torch.cat([sum(own[1:], own[0]) / (len(own) if mean else 1), query]))
+                total = sum(own, torch.zeros_like(query))
+                rows.append(torch.cat([total / len(own) if mean and own else total, query]))
         return torch.stack(rows)
 
 
@@ -104,6 +106,22 @@ def test_evaluation_by_running_averages_is_the_textbooks(shots: int, combine: st
             wanted = plain.relation(plain.pairs(maps, task.support.y[t], others, 3, mean=combine == "mean"))
             torch.testing.assert_close(output[t], wanted.reshape(6, 3), rtol=1e-9, atol=1e-11)
     assert output.std() > 1e-3
+
+
+@pytest.mark.parametrize("combine", ["sum", "mean"])
+@pytest.mark.parametrize("counts", [(2, 1, 3), (3, 3, 0)])
+def test_classes_may_have_unequal_numbers_of_examples(counts: tuple[int, ...], combine: str) -> None:
+    algorithm, task = make(combine=combine).eval(), episode(4, shots=2)
+    y = torch.arange(3).repeat_interleave(torch.tensor(counts))
+    support = replace(task.support, y=torch.stack([y, y.flip(0)]))
+    plain = Textbook(algorithm).eval()
+    with torch.no_grad():
+        output = algorithm.adapt(support, seeds=SEEDS)(task.query.x)
+        for t in range(2):
+            maps, others = plain.encoder(support.x[t]), plain.encoder(task.query.x[t])
+            wanted = plain.relation(plain.pairs(maps, support.y[t], others, 3, mean=combine == "mean"))
+            torch.testing.assert_close(output[t], wanted.reshape(6, 3), rtol=1e-9, atol=1e-11)
+    assert torch.isfinite(output).all()
 
 
 def test_transductive_scores_are_those_of_networks_in_train_mode() -> None:
@@ -124,7 +142,19 @@ def joint_loss(plain: Textbook, task: Episode, kind: str) -> Tensor:
     n = task.support.x.shape[1]
     maps = plain.encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2])
     pairs = [plain.pairs(m[:n], y, m[n:], 3) for m, y in zip(maps, task.support.y, strict=True)]
-    scores = plain.relation(torch.cat(pairs)).reshape(2, -1, 3)
+    return loss_of(plain.relation(torch.cat(pairs)).reshape(2, -1, 3), task, kind)
+
+
+def separate_loss(plain: Textbook, task: Episode, kind: str) -> Tensor:
+    """Each task for itself, and of it support, queries and pairs each in a pass of their own."""
+    scores = []
+    for support, y, query in zip(task.support.x, task.support.y, task.query.x, strict=True):
+        pairs = plain.pairs(plain.encoder(support), y, plain.encoder(query), 3)
+        scores.append(plain.relation(pairs).reshape(-1, 3))
+    return loss_of(torch.stack(scores), task, kind)
+
+
+def loss_of(scores: Tensor, task: Episode, kind: str) -> Tensor:
     if kind == "ce":
         return F.cross_entropy(scores.flatten(0, 1), task.query.y.flatten())
     errors = []
@@ -132,6 +162,29 @@ def joint_loss(plain: Textbook, task: Episode, kind: str) -> Tensor:
         for q, label in enumerate(task.query.y[t]):
             errors += [(torch.sigmoid(scores[t, q, n]) - float(n == label)) ** 2 for n in range(3)]
     return torch.stack(errors).mean()
+
+
+def blocks(algorithm: RelationNet, plain: Textbook) -> list[tuple[nn.Module, int, nn.Conv2d, nn.BatchNorm2d]]:
+    """The blocks of the encoder and then of the relation module: their owner and number, and the textbook's layers."""
+    found = []
+    for own, theirs in ((algorithm.backbone, plain.encoder), (algorithm.module, plain.relation)):
+        convs = [m for m in theirs if isinstance(m, nn.Conv2d)]
+        norms = [m for m in theirs if isinstance(m, nn.BatchNorm2d)]
+        found += [(own, i, *layers) for i, layers in enumerate(zip(convs, norms, strict=True))]
+    assert len(found) == 6
+    return found
+
+
+def assert_same_gradients(algorithm: RelationNet, plain: Textbook) -> None:
+    same = []
+    for own, i, conv, norm in blocks(algorithm, plain):
+        layers = {"conv": conv.weight, "bias": conv.bias, "gamma": norm.weight, "beta": norm.bias}
+        same += [(own.get_parameter(f"{name}{i}"), value) for name, value in layers.items()]
+    for mine, theirs in ((algorithm.module.hidden, plain.relation[-3]), (algorithm.module.score, plain.relation[-1])):
+        same += [(mine.weight, theirs.weight), (mine.bias, theirs.bias)]
+    assert {id(mine) for mine, _ in same} == {id(p) for p in algorithm.parameters()}
+    for mine, other in same:
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-7, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", ["mse", "ce"])
@@ -146,18 +199,45 @@ def test_training_loss_gradient_and_averages_are_those_of_concatenated_pairs(kin
     got.backward()
     torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
     assert metrics["loss"] == got.detach()
-    pairs = [(algorithm.backbone, plain.encoder, 4), (algorithm.module, plain.relation, 2)]
-    for own, theirs, blocks in pairs:
-        convs = [m for m in theirs if isinstance(m, nn.Conv2d)]
-        norms = [m for m in theirs if isinstance(m, nn.BatchNorm2d)]
-        for i in range(blocks):
-            for name, value in (("conv", convs[i].weight), ("gamma", norms[i].weight), ("beta", norms[i].bias)):
-                torch.testing.assert_close(own.get_parameter(f"{name}{i}").grad, value.grad, rtol=1e-7, atol=1e-10)
-            # by 0.1 a step; the authors' momentum of 1 keeps the last batch's statistics alone
-            torch.testing.assert_close(own.get_buffer(f"mean{i}"), norms[i].running_mean, rtol=1e-9, atol=1e-11)
-            torch.testing.assert_close(own.get_buffer(f"var{i}"), norms[i].running_var, rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(algorithm.module.hidden.weight.grad, plain.relation[-3].weight.grad)
-    torch.testing.assert_close(algorithm.module.score.bias.grad, plain.relation[-1].bias.grad)
+    assert_same_gradients(algorithm, plain)
+    for own, i, _, norm in blocks(algorithm, plain):
+        # by 0.1 a step; the authors' momentum of 1 keeps the last batch's statistics alone
+        torch.testing.assert_close(own.get_buffer(f"mean{i}"), norm.running_mean, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(own.get_buffer(f"var{i}"), norm.running_var, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["mse", "ce"])
+def test_transductive_training_loss_and_gradient_are_those_of_separate_passes(kind: str) -> None:
+    """The authors' own mode: no statistics are shared by support and queries, nor by two tasks."""
+    algorithm, task = make(norm="batch", loss=kind).train(), episode(1, shots=2)
+    plain = Textbook(algorithm).train()
+    wanted = separate_loss(plain, task, kind)
+    wanted.backward()
+    with tracking(algorithm):
+        got, metrics = algorithm.loss(task)
+    got.backward()
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+    assert metrics["loss"] == got.detach()
+    assert_same_gradients(algorithm, plain)
+    assert abs(joint_loss(plain, task, kind).item() - wanted.item()) > 1e-4  # not one pass over all
+
+
+@pytest.mark.parametrize("norm", ["running", "batch"])
+def test_the_first_convolution_meets_every_map_once_and_no_pair(norm: str) -> None:
+    """Of two tasks with 5 classes and 7 queries: 5 + 7 maps through half of its weights each, 35 through the second."""
+    algorithm = make(replace(PROBLEM, ways=5), norm=norm).eval()
+    g = torch.Generator().manual_seed(0)
+    support, x = (torch.rand(2, n, 1600, generator=g, dtype=torch.float64) for n in (5, 7))
+    learners = []
+
+    def compare() -> None:
+        shown = Batch(support, torch.arange(5).expand(2, -1), 5)
+        learners.append(algorithm.adapt_features(shown, seeds=SEEDS))
+
+    block = 2 * 64 * 64 * 9  # of a pixel
+    assert flops(compare) == 2 * (5 * block * 25 + 2 * 5 * 5 * 1600)  # and the sum over the examples of each class
+    later = block * 4 + 2 * 64 * 8 + 2 * 8  # of a pair: the second block on its map of 2x2, and the linear layers
+    assert flops(lambda: learners[0](x)) == 2 * (7 * block * 25 + 7 * 5 * later)
 
 
 def test_comparing_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

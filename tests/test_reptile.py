@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metabench import tasks
 from metabench.algorithms import reptile
 from metabench.algorithms.reptile import Reptile, mini_batches
 from metabench.backbones import Conv4, Network
-from metabench.episodes import Batch, Episode, Problem
+from metabench.episodes import Batch, Episode, Problem, philox_key, words
+from metabench.tasks import Choice, Execution
 
 SIDE = 16
 WAYS = 3
@@ -33,7 +35,7 @@ def episode(*, tasks: int = 3, shots: int = 3, queries: int = 1, seed: int = 0) 
 def small(
     *,
     norm: ReptileNorm = "support",
-    strategy: Literal["auto", "serial", "vmap"] = "auto",
+    strategy: Choice = "auto",
     inner_steps: int = 4,
     inner_lr: float = 1e-2,
 ) -> Reptile:
@@ -142,6 +144,81 @@ def test_evaluation_starts_from_the_trained_moments_and_changes_nothing() -> Non
     with torch.no_grad():
         cold = model.adapt(data.support, seeds=data.seeds)(data.query.x)
     assert (warm - cold).abs().max() > 1e-4
+
+
+def plain_order(seed: int, examples: int, batch: int, steps: int) -> list[list[int]]:
+    """Which examples each step sees: shuffled passes over all of them one after another, cut into equal parts."""
+    stream: list[int] = []
+    for draw in words(philox_key("reptile", seed), 0, 1 + batch * steps // examples, examples).tolist():
+        stream += [place for _, place in sorted(zip(draw, range(examples), strict=True))]
+    return [stream[start : start + batch] for start in range(0, batch * steps, batch)]
+
+
+def adapted(model: Reptile, data: Episode, task: int) -> Plain:
+    """A task's network after the evaluation's steps of PyTorch's Adam, whose state is the training's."""
+    plain = Plain(model)
+    adam = torch.optim.Adam(plain.parameters(), lr=1e-2, betas=(0.0, 0.999))
+    names = [name for name, _ in model.network.named_parameters()]
+    moments = {id(model.network.get_parameter(name)): model.moments()[name] for name in names}
+    for parameter, ours in zip(plain.parameters(), ordered(model), strict=True):
+        adam.state[parameter] = {
+            "step": torch.tensor(float(model.updates)),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": moments[id(ours)].clone(),
+        }
+    x, y = data.support.x[task], data.support.y[task]
+    for picked in plain_order(int(data.seeds[task]), len(x), 4, 6):
+        adam.zero_grad()
+        F.cross_entropy(plain(x[picked]), y[picked]).backward()
+        adam.step()
+    return plain
+
+
+@pytest.mark.parametrize("norm", ["each", "batch"])
+def test_predictions_in_evaluation_are_those_of_an_independent_implementation(norm: ReptileNorm) -> None:
+    """The paper's two protocols: a query in a batch with the whole support set, or all queries in one batch."""
+    model = small(norm=norm)
+    model.train().trainer(5).step(episode())
+    data = episode(seed=4, shots=3, queries=2)
+    with torch.no_grad():
+        got = model.eval().adapt(data.support, seeds=data.seeds)(data.query.x)
+    for task in range(3):
+        plain, support, queries = adapted(model, data, task), data.support.x[task], data.query.x[task]
+        with torch.no_grad():
+            one_by_one = torch.cat([plain(torch.cat([support, query[None]]))[-1:] for query in queries])
+            wanted = one_by_one if norm == "each" else plain(queries)
+        torch.testing.assert_close(got[task], wanted, rtol=1e-6, atol=1e-7)
+    assert (got[0] - got[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("crowded", [False, True])
+@pytest.mark.parametrize("strategy", ["auto", "serial", "vmap", "grouped", "unfold"])
+def test_the_recorded_execution_is_that_of_the_inner_steps(
+    strategy: Choice, crowded: bool, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`crowded`: where the cache holds one task a chunk."""
+    model, data = small(strategy=strategy).train(training), episode()
+    if crowded:
+        monkeypatch.setattr(tasks, "CACHE", 8 * model.network.backbone.widest * data.support.x.shape[1])
+    used: set[str] = set()
+    gradient = Execution.gradient
+
+    def watched(self: Execution, *args: Any, **more: Any) -> Any:
+        used.add(str(self))
+        return gradient(self, *args, **more)
+
+    monkeypatch.setattr(Execution, "gradient", watched)
+    recorded = model.facts(data.support)
+    if training:
+        model.trainer(5).step(data)
+    else:
+        with torch.no_grad():
+            model.adapt(data.support, seeds=data.seeds)
+    alone = training or crowded
+    rule = "serial" if alone else "unfold"
+    wanted = rule if strategy == "auto" else strategy
+    assert used == {recorded["strategy"]} == {wanted if wanted == "serial" else f"{wanted}/{1 if alone else 3}"}
 
 
 def test_the_state_of_a_training_is_complete() -> None:
@@ -255,3 +332,25 @@ def test_defaults_follow_the_problem() -> None:
     assert sum(p.numel() for p in curve.parameters()) == 128 + 64 * 65 + 65
     assert (images.inner_lr, curve.inner_lr) == (1e-3, 1e-2)
     assert "5 ways" in str(images.unsupported(Problem(shape=(1, 28, 28), loss="cross_entropy", ways=20)))
+
+
+def test_a_task_is_trained_on_with_more_examples_than_a_test_task_has() -> None:
+    """Ten a class by default, for one shot as for five: 9 and 1, which are merged."""
+    assert reptile.METABENCH["train"] == {"shots": 9, "queries": 1, "tasks": 5}
+    data = episode(shots=9, queries=1)
+    assert reptile._merged(data, 1).x.shape[1] == 10 * WAYS
+    assert reptile._merged(data, 1).y.flatten().bincount().tolist() == [10] * WAYS
+
+
+@pytest.mark.parametrize(
+    ("ways", "rate", "batches", "steps"),
+    [(5, 1e-3, (10, 5), (5, 50)), (10, 1e-3, (10, 5), (5, 50)), (20, 5e-4, (20, 10), (10, 50))],
+)
+def test_defaults_are_the_papers_for_5_and_for_20_ways(
+    ways: int, rate: float, batches: tuple[int, int], steps: tuple[int, int]
+) -> None:
+    model = reptile.build(Problem(shape=(1, 28, 28), loss="cross_entropy", ways=ways))
+    assert model.inner_lr == rate
+    assert (model.train_batch, model.test_batch) == batches
+    assert (model.train_steps, model.test_steps) == steps
+    assert model.network.backbone.name == "conv4-strided-flat"

@@ -17,6 +17,7 @@ from metabench.algorithms import siamese
 from metabench.algorithms.distortions import components, distorted, warp
 from metabench.algorithms.siamese import Siamese, build, draw, similarities
 from metabench.backbones import Koch
+from metabench.counts import flops
 from metabench.episodes import Batch, Episode, ImageData, Problem
 from metabench.errors import ConfigError
 from metabench.scoring import score_episodes
@@ -68,6 +69,27 @@ def test_a_class_scores_by_its_pairs_with_the_query(seed: int, shots: int, combi
                 assert output[t, q, n].item() == pytest.approx(wanted, rel=1e-10, abs=1e-12)
 
 
+@pytest.mark.parametrize("combine", ["mean", "max"])
+@pytest.mark.parametrize("counts", [(2, 1, 3), (2, 0, 3)])
+def test_classes_may_have_unequal_numbers_of_examples(counts: tuple[int, ...], combine: str) -> None:
+    """Each scores by its own pairs, however many; one without any does not disturb the others."""
+    algorithm, (support, x) = make(combine=combine), features(3)
+    y = torch.arange(3).repeat_interleave(torch.tensor(counts))
+    support = Batch(support.x[:, : len(y)], torch.stack([y, y.flip(0)]), 3)
+    output = algorithm.adapt_features(support, seeds=SEEDS)(x)
+    for t in range(2):
+        for q in range(x.shape[1]):
+            logits = [pair_logit(algorithm, x[t, q], s).item() for s in support.x[t]]
+            for n in range(3):
+                own = [v for v, label in zip(logits, support.y[t], strict=True) if label == n]
+                got = output[t, q, n].item()
+                if own:
+                    wanted = max(own) if combine == "max" else sum(own) / len(own)
+                    assert got == pytest.approx(wanted, rel=1e-10, abs=1e-12)
+                else:
+                    assert got == -math.inf if combine == "max" else math.isfinite(got)
+
+
 def test_comparing_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     algorithm, (support, x) = make(), features(0, shots=3)
     whole = similarities(x, support.x, algorithm._score)
@@ -101,6 +123,19 @@ def test_the_loss_and_its_gradient_are_those_of_two_branches_over_a_list_of_pair
     for mine, theirs in zip(torch.autograd.grad(got, list(algorithm.parameters())), gradients, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
     assert set(metrics) == {"loss", "pair_accuracy"}  # verification, which is no one-shot accuracy
+
+
+@pytest.mark.parametrize("pairs", ["drawn", "all"])
+def test_a_training_loss_encodes_every_image_exactly_once(pairs: str) -> None:
+    algorithm, episode = make(pairs=pairs).train(), images(5, shots=2)
+    every, encoded = torch.cat([episode.support.x, episode.query.x], 1).flatten(0, 1), []
+    hook = algorithm.backbone.register_forward_pre_hook(lambda _, inputs: encoded.append(inputs[0]))
+    work = flops(lambda: algorithm.loss(episode))
+    hook.remove()
+    passed = [image.numpy().tobytes() for image in torch.cat(encoded)]
+    assert sorted(passed) == sorted(image.numpy().tobytes() for image in every)
+    compared = 2 * 3 * (6 if pairs == "all" else 2)
+    assert work == flops(lambda: algorithm.embed(every)) + 2 * 64 * compared, "and none by another way"
 
 
 @pytest.mark.parametrize("shots", [1, 3])
@@ -137,9 +172,9 @@ def test_the_papers_batch_is_an_episode_of_64_ways() -> None:
     assert torch.equal(alike, y) and not (different == y).any()
 
 
-def drawings() -> ImageData:
-    """24 classes of 4 drawings, no two alike."""
-    pixels = np.random.default_rng(0).integers(0, 256, (24, 4, 16, 16), dtype=np.uint8)
+def drawings(each: int = 4) -> ImageData:
+    """24 classes of so many drawings, no two alike."""
+    pixels = np.random.default_rng(0).integers(0, 256, (24, each, 16, 16), dtype=np.uint8)
     subsets = {"train": np.arange(12), "val": np.arange(12, 14), "test": np.arange(14, 24)}
     return ImageData("drawings", "1", "only", pixels, tuple(map(str, range(24))), subsets)
 
@@ -155,14 +190,16 @@ def test_no_pair_is_one_drawing_twice() -> None:
 
 @pytest.mark.parametrize("what", ["head", "backbone"])
 @pytest.mark.parametrize("combine", ["mean", "max"])
-def test_a_constant_network_scores_exactly_chance(what: str, combine: str) -> None:
-    """An argmax that takes the first of equals makes 100 % of it where the true class always stands first."""
+@pytest.mark.parametrize("shots", [1, 2, 5, 10])
+def test_a_constant_network_scores_exactly_chance(what: str, combine: str, shots: int) -> None:
+    """Since all classes tie for every query: any one answer for all of them would score chance as well, on average."""
     algorithm = make(combine=combine).float().eval()
     with torch.no_grad():
         for parameter in algorithm.head.parameters() if what == "head" else algorithm.backbone.parameters():
             parameter.zero_()
-    shape = {"ways": 5, "shots": 2, "queries": 2, "rotations": "none", "seed": 0, "device": "cpu"}
-    found = score_episodes(algorithm.adapt, drawings().tasks("test", **shape), 10)  # type: ignore[arg-type]
+    shape = {"ways": 5, "shots": shots, "queries": 2, "rotations": "none", "seed": 0, "device": "cpu"}
+    found = score_episodes(algorithm.adapt, drawings(12).tasks("test", **shape), 10)  # type: ignore[arg-type]
+    assert found.credit is not None and found.credit.ties.shape == (10, 10) and (found.credit.ties == 5).all()
     assert found.scores == pytest.approx([0.2] * 10, abs=1e-12)
 
 

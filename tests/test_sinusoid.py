@@ -121,3 +121,5 @@ def test_classification_only_requests_are_refused() -> None:
         data.tasks("test", ways=None, shots=5, queries=5, rotations="classes", seed=0, device="cpu")
     with pytest.raises(ConfigError, match="no classes"):
         bound().images(0, 3)
+    with pytest.raises(ConfigError, match="no classes, so there are no streams"):
+        bound().streams(0, 3, 10)

@@ -5,7 +5,11 @@ MAML". Support and query features are computed once per task, which is exact sin
 gradient of the linear layer is written out, (softmax - y) x, so that all tasks take their steps together. It is second
 order as the paper's: the outer gradient also reaches the body through the support features in these steps.
 Network, rates and numbers of steps are those of `maml`, since the paper's own per data set could not be verified.
-Unlike there, `norm: running` is offered: the weights of the body never adapt, so that its running averages are right.
+By default the head for classes is not the paper's but a variant: `head_init: tied`, the same weights for every class at
+the start of every task, with no weights of its own to learn. `head_init: normal` chooses the paper's, a head that the
+outer loop trains from a random start, as in `maml`.
+Unlike in `maml`, `norm: running` is offered: the weights of the body never adapt, so that its running averages are
+right.
 """
 
 from __future__ import annotations
@@ -128,9 +132,9 @@ def build(
         head_init: `tied`, the default for classes, lets all of them start every task from the same weights. A softmax
             does not see what all classes have in common, so that these are zeros and nothing is learned of them: no
             class has a head start, labels are interchangeable, and tasks of any number of ways can be answered. It is
-            a variant (of bkj/ezml) and not the paper's, which starts as `maml`: `normal`, N(0, 1), which gets nowhere
-            in a short training. `zero` starts the training from zero, and learns on. For regression `normal`, which
-            there is PyTorch's own initialisation.
+            a variant (of bkj/ezml) and not the paper's. For the paper's choose `normal`: the training starts as that
+            of `maml`, from N(0, 1), and gets nowhere if it is short. `zero` starts the training from zero, and learns
+            on. For regression `normal`, which there is PyTorch's own initialisation.
         nil: no head in evaluation (the paper's NIL): support labels weighted by the cosines of their features with
             the query's, summed; training is the same.
         lr: rate of the outer Adam.

@@ -1,20 +1,33 @@
 """MANN: an LSTM with an external memory, written to where it is least used and read by content.
 
 Santoro, Bartunov, Botvinick, Wierstra and Lillicrap 2016, "One-shot Learning with Memory-Augmented Neural Networks"
-(least recently used access, LRUA). The paper leaves details open; settled here as its reference implementation
-tristandeleu/ntm-one-shot (mann/model.py) has them, with the differences of snowkylin/ntm as parameters:
+(least recently used access, LRUA). A step of the memory, from the hidden state h_t of the LSTM, for heads j = 1 .. n
+and slots i; k, a and g are linear in h_t before the named function:
+- key k_j = tanh(W_k h_t), what is written a_j = tanh(W_a h_t), gate g_j = sigmoid(W_g h_t);
+- least used slots l_1 .. l_n: those of the n smallest usages u_{t-1}, the smallest first; constants to the gradient;
+- write weights w_j(i) = g_j r_j,t-1(i) + (1 - g_j) [i = l_j], between where the head read last and a least used slot;
+- erasure: slot l_1 of M_{t-1} becomes zero;
+- memory M_t(i) = M_{t-1}(i) + sum_j w_j(i) a_j;
+- read weights r_j,t = softmax over i of cos(k_j, M_t(i)), not sharpened; read vectors sum_i r_j,t(i) M_t(i), which
+  the output layer sees beside h_t, and the LSTM at the next step;
+- usage u_t = 0.95 u_{t-1} + sum_j (r_j,t + w_j).
+The equations are the paper's, with tanh and the order of the steps as in its reference implementation
+tristandeleu/ntm-one-shot (mann/model.py). What the paper leaves open or says otherwise is settled as there, with the
+differences of snowkylin/ntm as parameters:
 - LSTM of 200 units, 128 slots of 40 numbers, 4 read heads = 4 write heads, usage decay 0.95;
-- each head writes a vector of its own, a = tanh(W_a h), as in both implementations (`written="own"`; the paper's
-  text writes the key, `"key"`);
+- each head writes a vector a of its own, as in both implementations (`written="own"`; the paper's text writes the key,
+  a = k: `"key"`);
 - head j writes to the j-th least used slot (`write_to="one"`; in the paper's formula and snowkylin/ntm every head
   writes to all of the n least used, `"all"`). Exactly n slots: the formula's "at most the n-th smallest" would take
   every untouched slot, which all tie at the start; ties go to the lower slot;
-- read weights by the cosine to the memory after writing (`read_weights="after"`; snowkylin/ntm: `"before"`), not
-  sharpened. The cosine has an epsilon (1e-8 on squared lengths), so that an untouched slot (1e-6) resembles nothing,
-  as there (1e-6 on the product of squared lengths).
+- read weights by the cosine to the memory after writing (`read_weights="after"`; snowkylin/ntm: `"before"`). The
+  cosine has an epsilon (1e-8 on squared lengths), so that an untouched slot (1e-6) resembles nothing, as there (1e-6
+  on the product of squared lengths).
 Initial state: memory 1e-6, read weights and usage one-hot at slot 0, all else 0. Adam 1e-3 and 16 tasks a step as in
 both implementations; the paper's own optimiser settings are not verified. Images are divided by their maximum
 (snowkylin/ntm); the paper's are 20x20 (`image_size=20`), here they are taken as they come.
+Of the paper's augmentation only the quarter turns are done, where the tasks ask for them (`rotations`): not the random
+rotations of up to pi/16 and shifts of up to 10 pixels of its training images.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ representation learner, which serves only to make them, stays as it was drawn.
 Where paper and code differ, or say nothing:
 - the representation loss is the cross-entropy for any number of shots, as in the code; the paper has a contrastive
   loss on random pairs for more than one. The code takes the support set in T = 5 groups, whose mean losses give the
-  gradients; so for five examples each is a group. Here the groups are drawn by the task's seed;
+  gradients; so for five examples each is a group. Here the groups are drawn by the task's seed, every example is in
+  one of them, and where they cannot be equal the last is shorter (7 examples: 2, 2, 2 and 1);
 - `augment="last"`: the paper says that mini-ImageNet's model augments the last three layers, and that is what is done
   here (last convolution and both fully connected layers); the code there augments the last but one convolution too;
 - initialisation is U(-0.1, 0.1) as in the paper (the code: Chainer's defaults), but the generators' last layers start
@@ -238,6 +239,14 @@ def loss_gradients(net: Layers, names: Sequence[str], h: Tensor, y: Tensor) -> P
     return {name: torch.unflatten(gradient, 0, h.shape[:2]) for name, gradient in zip(own, gradients, strict=True)}
 
 
+def in_groups(order: Tensor, most: int) -> list[Tensor]:
+    """Orders (T, n) cut into at most so many groups: (T, G, size), and (T, 1, rest) if the last group is shorter."""
+    size = math.ceil(order.shape[1] / most)
+    whole = order.shape[1] // size * size
+    parts = [torch.unflatten(order[:, :whole], 1, (-1, size)), order[:, None, whole:]]
+    return [part for part in parts if part.shape[2] > 0]
+
+
 class MetaNet(FineTuning):
     """Munkhdalai and Yu 2017: a base learner and a representation learner, each of slow and generated fast weights.
 
@@ -287,15 +296,14 @@ class MetaNet(FineTuning):
             slow = using(self.base.shared())
             return lambda x: self._execution(x).chunks(lambda part: walk(part, LAYERS, slow), x)
         examples = support.x.shape[1]
-        size = math.ceil(examples / self.task_steps)
-        groups = mini_batches(seeds, examples, size, math.ceil(examples / size)).to(support.x.device)
+        order = mini_batches(seeds, examples, examples, 1)[:, 0].to(support.x.device)
         count = self.tuning_steps(steps)
 
-        def learn(x: Tensor, y: Tensor, groups: Tensor) -> tuple[Params, Params, Tensor, Params]:
-            task, memory, keys = self._learn(x, y, groups)
+        def learn(x: Tensor, y: Tensor, order: Tensor) -> tuple[Params, Params, Tensor, Params]:
+            task, memory, keys = self._learn(x, y, order)
             return task, memory, keys, self._output(Batch(x, y, support.ways), task, memory, keys, steps=count)
 
-        state = self._execution(support.x).chunks(learn, support.x, support.y, groups)
+        state = self._execution(support.x).chunks(learn, support.x, support.y, order)
 
         def predict(x: Tensor) -> Tensor:
             logits: Tensor = self._execution(x).chunks(self._answer, x, *state)
@@ -323,22 +331,30 @@ class MetaNet(FineTuning):
     def _execution(self, x: Tensor) -> Execution:
         return choose("grouped", x, widest=self.widest, stride=1)
 
-    def _learn(self, x: Tensor, y: Tensor, groups: Tensor) -> tuple[Params, Params, Tensor]:
-        """Some tasks: fast weights (T, ...) of the representation learner, memory (T, S, ...), its keys (T, S, d)."""
-        task = self._task_weights(x, y, groups) if self.task else {}
+    def _learn(self, x: Tensor, y: Tensor, order: Tensor) -> tuple[Params, Params, Tensor]:
+        """Some tasks: fast weights (T, ...) of the representation learner, memory (T, S, ...), its keys (T, S, d).
+
+        The first come from the examples in the order (T, S).
+        """
+        task = self._task_weights(x, y, order) if self.task else {}
         with torch.no_grad():
             h = walk(x, self.plain, using(self.base.shared()))
         gradients = loss_gradients(self.base, self.augmented, h[:, :, None], y[:, :, None])
         memory = {name: generate(_of(self.example, name), value[None]) for name, value in gradients.items()}
         return task, memory, self._keys(x, task)
 
-    def _task_weights(self, x: Tensor, y: Tensor, groups: Tensor) -> Params:
-        """Fast weights (T, ...) of the representation learner from the losses of groups (T, G, size) in turn."""
+    def _task_weights(self, x: Tensor, y: Tensor, order: Tensor) -> Params:
+        """Fast weights (T, ...) of the representation learner from the losses of groups of the order (T, S) in turn."""
         with torch.no_grad():
             h = walk(x, self.plain, using(self.key.shared()))
         row = torch.arange(len(x), device=x.device)[:, None, None]
-        gradients = loss_gradients(self.key, self.augmented, h[row, groups], y[row, groups])
-        return {name: generate(_of(self.task, name), gradients[name].transpose(0, 1)) for name in self.augmented[:-1]}
+        turns = [
+            loss_gradients(self.key, self.augmented, h[row, groups], y[row, groups])
+            for groups in in_groups(order, self.task_steps)
+        ]
+        names = self.augmented[:-1]
+        gradients = {name: torch.cat([turn[name] for turn in turns], 1) for name in names}
+        return {name: generate(_of(self.task, name), gradients[name].transpose(0, 1)) for name in names}
 
     def _keys(self, x: Tensor, task: Params) -> Tensor:
         """r = u(Q, Q*, x) of images x (T, n, *shape): (T, n, d)."""
@@ -391,7 +407,8 @@ def build(
         problem: images and `ways` classes.
         augment: which layers have fast weights: all, or only the last three, which the paper does for mini-ImageNet.
         task_weights: whether the representation learner has fast weights; false is the paper's MetaNet-.
-        task_steps: steps of the LSTM that makes them, at most: the support set is taken in so many groups.
+        task_steps: steps of the LSTM that makes them, at most: the support set is taken in so many groups, equal but
+            for a last one that may be shorter.
         filters: of every convolution; the paper has 64 for Omniglot and 32 for mini-ImageNet.
         lr: Adam's rate.
         schedule: how it moves; the paper's is constant.

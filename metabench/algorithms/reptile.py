@@ -139,8 +139,10 @@ class Reptile(Algorithm):
         return super().unsupported(problem)
 
     def facts(self, support: Batch) -> dict[str, str]:
-        """See `Algorithm.facts`; in training one task follows the other."""
-        return {"strategy": "serial" if self.training else str(self._execution(support.x))}
+        """See `Algorithm.facts`: how gradients of mini-batches are taken; in training one task follows the other."""
+        tasks, batch = (1, self.train_batch) if self.training else (self._execution(support.x).chunk, self.test_batch)
+        some = support.x[:tasks, :1]
+        return {"strategy": str(self._execution(some.expand(-1, batch, *some.shape[2:])))}
 
     def _execution(self, x: Tensor) -> Execution:
         body = self.network.backbone
@@ -241,7 +243,8 @@ def build(
         eval_batch: examples per step in evaluation; by default 5, for 20 ways 10.
         inner_lr: rate of the inner Adam; by default 1e-3, for 20 ways 5e-4, and 1e-2 for regression (ours: on
             sinusoids 1e-3 learnt more slowly).
-        strategy: how tasks are executed in evaluation; `auto` is by shapes (see `metabench.tasks.choose`).
+        strategy: how tasks are executed; `auto` is by shapes (see `metabench.tasks.choose`), and serial in training,
+            where one task follows the other.
 
     Raises:
         ConfigError: a backbone that does not fit the inputs.
