@@ -21,10 +21,23 @@ from metabench import environment, plan
 from metabench.catalogue import Plugin, read_plugin
 from metabench.cells import Cell, unsupported
 from metabench.costs import Setting
-from metabench.errors import ConfigError, Interrupted, NothingRan
+from metabench.errors import ConfigError, Interrupted, NothingRan, WorkerError
 from metabench.joint import join
 from metabench.judging import Family, Judgement, confirmed, confirming, findings, moved
-from metabench.pairs import Fault, Item, Module, Name, Pairs, Side, Which, module_path, modules_of, top_names
+from metabench.pairs import (
+    Again,
+    Fault,
+    Item,
+    Module,
+    Name,
+    Pairs,
+    Side,
+    Which,
+    module_path,
+    modules_of,
+    top_names,
+    tracked_names,
+)
 from metabench.plan import Row
 from metabench.revisions import Repository
 from metabench.signedranks import centre
@@ -36,6 +49,7 @@ from metabench.workers import Worker
 
 COUNTS = ("flops", "bytes", "nodes", "launches")
 IDENTICAL = "identical code: every module of the project that the suite loads is the same on both sides"
+UNTOUCHED = {"PYTHONDONTWRITEBYTECODE": "1"}  # no __pycache__ in the user's tree; a start compiles its few files anew
 SEED = 0  # of orders and layouts; the pairs differ, the plan repeats
 
 
@@ -106,6 +120,8 @@ class Check:
         timed = [Item(Name(*row.key), messages, self._setting(row)) for row, messages in self._of("time")]
         self.pairs = Pairs(versions.base, versions.candidate, timed, folder, seconds=self.rules.seconds, seed=SEED)
         self.modules: dict[Which, dict[str, str]] = {}
+        self.counts: dict[tuple[str, str], Verdict | Fault] = {}
+        self.deadly: set[tuple[str, str]] = set()  # rows of counts that end a worker
         self.controls: dict[Name, list[float]] = {}
 
     def run(self, *, measure_identical: bool) -> Findings:
@@ -114,6 +130,7 @@ class Check:
             self.watch.note(text)
         self.watch.pair("rehearsal", 0, 0, len(self.pairs.items))
         self.pairs.rehearse(self._look_at)
+        self._judge_counts()
         self._note_software()
         identical = self._identical()
         if identical and not measure_identical:
@@ -205,11 +222,12 @@ class Check:
     def _look_at(self, workers: Mapping[Which, Worker]) -> None:
         """Ask a pair of live workers for their counts, and for what they have loaded."""
         for row, messages in self._of(*COUNTS):
-            if found := self._counted(row, messages, workers):
-                self.verdicts.append(found)
+            if row.key not in self.deadly:  # all others again, so that these workers load what they take
+                self.counts[row.key] = self._counted(row, messages, workers)
         if self.versions.repository is None or not self._anything():
             return
-        names = top_names(self.versions.repository.root)
+        repository = self.versions.repository
+        names = top_names(repository.root) | tracked_names(repository.files())
         for which, worker in workers.items():
             side = self.versions.base if which == "base" else self.versions.candidate
             other = self.versions.candidate if which == "base" else self.versions.base
@@ -217,26 +235,41 @@ class Check:
 
     def _anything(self) -> bool:
         """Whether any row could be made ready, so that the sides have loaded what it takes."""
-        return bool(self.pairs.items) or any(one.outcome != "incomparable" for one in self.verdicts)
+        return bool(self.pairs.items) or any(isinstance(one, Verdict) for one in self.counts.values())
 
     def _counted(
         self, row: Row, messages: Mapping[Which, Mapping[str, Any]], workers: Mapping[Which, Worker]
-    ) -> Verdict | None:
-        """Equal work gives equal counts, so one worker of each side is enough; None where one cannot count."""
-        heard = {
-            which: worker.ask({**messages[which], "kind": "count", "id": next(self.pairs.numbers)})
-            for which, worker in workers.items()
-        }
+    ) -> Verdict | Fault:
+        """Equal work gives equal counts, so one worker of each side is enough.
+
+        Raises:
+            Again: a worker died of it.
+        """
+        heard = {}
+        for which, worker in workers.items():
+            try:
+                heard[which] = worker.ask({**messages[which], "kind": "count", "id": next(self.pairs.numbers)})
+            except WorkerError as error:
+                self.deadly.add(row.key)
+                self.counts[row.key] = Fault(which, "failed", str(error))
+                raise Again from error
         for which, answer in heard.items():
             if answer["status"] != "ok":
-                self._fault(row.key, Fault(which, answer["status"], answer["reason"]), row.aspect)
-                return None
+                return Fault(which, answer["status"], answer["reason"])
         before, after = float(heard["base"]["value"]), float(heard["candidate"]["value"])
         margin = self.thresholds.margin(row.cell.id, row.cell.algorithm, row.measure).margin
         made = Verdict(
             cell=row.cell.id, measure=row.measure, outcome="unchanged", scale="exact", worse=1, margin=margin
         )
         return of_counts(made, before, after)
+
+    def _judge_counts(self) -> None:
+        for row, _ in self._of(*COUNTS):
+            found = self.counts[row.key]
+            if isinstance(found, Verdict):
+                self.verdicts.append(found)
+            else:
+                self._fault(row.key, found, row.aspect)
 
     def _note_software(self) -> None:
         versions = {which: str(hello["torch"]) for which, hello in self.pairs.hellos.items()}
@@ -450,7 +483,7 @@ def _side(which: Which, label: str, suite: Suite, root: Path, tree: Path) -> Sid
     plugins = [tree / p.resolve().relative_to(root) if own else p for p, own in zip(suite.plugins, inside, strict=True)]
     here = Path.cwd()
     folder = tree / here.relative_to(root) if here.is_relative_to(root) else here
-    variables = module_path(root, tree)
+    variables = {**module_path(root, tree), **UNTOUCHED}
     if data := os.environ.get("METABENCH_DATA"):
         variables["METABENCH_DATA"] = str(Path(data).absolute())
     return Side(
@@ -466,6 +499,6 @@ def _interpreters(suite: Suite, base_python: Path, folder: Path) -> Versions:
         raise ConfigError(f"--base-python {base_python}: neither an interpreter nor a virtual environment")
     (folder / "metabench").symlink_to(Path(metabench.__file__).parent, target_is_directory=True)
     given = [str(Path(one).resolve()) for one in os.environ.get("PYTHONPATH", "").split(os.pathsep) if one]
-    variables = {"PYTHONPATH": os.pathsep.join([str(folder), *given])}
+    variables = {"PYTHONPATH": os.pathsep.join([str(folder), *given]), **UNTOUCHED}
     candidate = Side("candidate", f"candidate ({sys.executable})", suite.plugins, variables=variables)
     return Versions(replace(candidate, which="base", label=f"base ({python})", python=python.absolute()), candidate)

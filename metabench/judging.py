@@ -150,13 +150,19 @@ def confirmed(first: Family[Name], second: Family[Name]) -> dict[Name, Judgement
         if again.outcome == "incomparable":
             out[name] = again
         elif again.outcome == out[name].outcome:
-            small = out[name].small or again.small
-            out[name] = describe(both, again.outcome, level=first.level, margin=margin, small=small)
+            shown = describe(both, again.outcome, level=first.level, margin=margin)
+            out[name] = replace(shown, small=_within(shown.change, first.margins[name].unchanged, again.outcome))
         else:
             seen, then = (math.expm1(one.change.value) for one in (out[name], again))
             reason = f"{seen:+.1%} in a first set of pairs, {then:+.1%} in a second: not confirmed"
             out[name] = describe(both, "inconclusive", level=first.level, margin=margin, reason=reason)
     return out
+
+
+def _within(change: Interval, bound: float, outcome: Outcome) -> bool:
+    """Whether the interval that is shown lies within the share `bound` on the side of the outcome."""
+    end = change.high if outcome == "regressed" else change.low
+    return end is not None and abs(end) <= math.log1p(bound)
 
 
 def moved(ratios: Sequence[float], margin: float) -> Interval | None:

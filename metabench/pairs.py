@@ -14,20 +14,21 @@ import os
 import random
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 from metabench import environment
 from metabench.costs import CONTROLS, Setting
 from metabench.errors import ConfigError, WorkerError
-from metabench.workers import Worker
+from metabench.workers import Worker, last_words
 
 Which = Literal["base", "candidate"]
 SIDES: tuple[Which, Which] = ("base", "candidate")
 FEWEST_SLICES, MOST_SLICES = 7, 60  # of a kernel on each side of a pair
+_NOT_OURS = {"tests", "test", "docs", "doc", "examples", "vendor", "_vendor", "third_party", "external"}  # as folders
 PADDING = 4096  # bytes of environment: the stack begins somewhere else in its page
 
 
@@ -79,6 +80,10 @@ class _Died(Exception):
         self.name, self.fault = name, fault
 
 
+class Again(Exception):
+    """Raised by what `Pairs.rehearse` tells the workers to, where one died of it: fresh ones are told again."""
+
+
 @dataclass
 class _Running:
     """An item in the pair at hand: its number on each side, and the parts and calls of a slice."""
@@ -102,13 +107,13 @@ class Pairs:
         self.rounds: dict[Name, int] = {}
         self.hellos: dict[Which, Mapping[str, Any]] = {}
         self.disturbances: list[dict[str, Any]] = []
-        self.taken = itertools.count()
+        self.taken = 0  # pairs, each with a layout of its own
         self.numbers = itertools.count()
 
     def rehearse(self, also: Callable[[Mapping[Which, Worker]], None]) -> None:
         """Make every item ready once: finds what cannot be timed, how many calls make a slice, how many slices.
 
-        `also` is then told the workers, one pair, to ask them what it likes.
+        `also` is then told the workers, one pair, to ask them what it likes; it is told fresh ones after an `Again`.
 
         Raises:
             ConfigError: the base does not start, or speaks another protocol.
@@ -122,6 +127,8 @@ class Pairs:
                 return
             except _Died as death:
                 self._drop(death)
+            except Again:
+                continue
 
     def take(self, names: Sequence[Name]) -> dict[Name, float]:
         """Time the named items, and the controls, in a fresh pair of processes; their ln(candidate / base).
@@ -131,7 +138,7 @@ class Pairs:
         Raises:
             WorkerError: a control cannot be run.
         """
-        number = next(self.taken)
+        number, self.taken = self.taken, self.taken + 1
         while True:
             wanted = [name for name in names if name in self.items]
             chance = random.Random(f"{self.seed}/{number}")
@@ -191,7 +198,7 @@ class Pairs:
             hello = next(worker.messages())
             said = hello["v"] if hello.get("kind") == "hello" else None
         except (WorkerError, ValueError, KeyError, TypeError, AttributeError) as error:
-            why = self._last_words(side.which) or str(error)
+            why = last_words(self._log(side.which)) or str(error)
             text = f"{side.label} cannot be run: {why}"
             raise (ConfigError(f"{text}; choose another base") if side.which == "base" else WorkerError(text)) from None
         if said != environment.PROTOCOL:
@@ -204,10 +211,6 @@ class Pairs:
 
     def _log(self, which: Which) -> Path:
         return self.folder / f"{which}.log"
-
-    def _last_words(self, which: Which) -> str:
-        lines = self._log(which).read_text(encoding="utf-8", errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
     def _rehearse(self, crew: Mapping[Setting, Mapping[Which, Worker]]) -> None:
         """Prepare all items, base first: what it finds, the candidate gets."""
@@ -401,6 +404,28 @@ def top_names(root: Path) -> set[str]:
     for folder in (one for one in folders if one.is_relative_to(root) and not _installed(one) and one.is_dir()):
         found |= {file.stem for file in folder.glob("*.py")}
         found |= {init.parent.name for init in folder.glob("*/__init__.py")}
+    return found - sys.stdlib_module_names
+
+
+def tracked_names(files: Iterable[str]) -> set[str]:
+    """The top-level names that a repository's files (relative to its root) give to what it would install.
+
+    Modules at the root and in src/, and packages wherever they begin. So an installed copy is known for one even where
+    nothing of the repository is on the module path. Tests, documents and foreign code are named like others' too.
+    """
+    found: set[str] = set()
+    paths = [PurePosixPath(file) for file in files if file.endswith(".py")]
+    packages = {path.parent for path in paths if path.name == "__init__.py"}
+    for path in paths:
+        folders = path.parts[:-1]
+        if _NOT_OURS & {*folders}:
+            continue
+        if folders in ((), ("src",)):
+            found.add(path.stem)
+        elif folders[0] == "src":
+            found.add(folders[1])  # a namespace package too, which has no __init__.py
+        elif path.parent in packages:
+            found.add(next(folder.name for folder in reversed([path.parent, *path.parents]) if folder in packages))
     return found - sys.stdlib_module_names
 
 

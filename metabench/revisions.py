@@ -62,9 +62,19 @@ class Repository:
 
     def changed(self, commit: str) -> set[str]:
         """The files (relative to the root) whose content in the working tree is not that of `commit`, new ones too."""
-        found = _git(self.root, "diff", "--name-only", "-z", commit).stdout
+        where = self.root / _git(self.root, "rev-parse", "--git-path", "index").stdout.removesuffix("\n")
+        with tempfile.TemporaryDirectory(prefix="metabench-index-") as folder:
+            copy = Path(folder) / "index"  # diff refreshes the index whatever it is told: not the user's
+            if where.is_file():
+                shutil.copy2(where, copy)
+            found = _git(self.root, "diff", "--name-only", "-z", commit, index=copy).stdout
         new = _git(self.root, "ls-files", "--others", "--exclude-standard", "-z").stdout
         return {*found.split("\0"), *new.split("\0")} - {""}
+
+    def files(self) -> list[str]:
+        """All files (relative to the root) that git tracks, or would: new ones that it does not ignore."""
+        found = _git(self.root, "ls-files", "--cached", "--others", "--exclude-standard", "-z").stdout
+        return [file for file in found.split("\0") if file]
 
     @contextlib.contextmanager
     def worktree(self, commit: str) -> Iterator[Path]:
@@ -127,10 +137,13 @@ def undisturbed() -> Iterator[None]:
             signal.signal(one, handler)
 
 
-def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _git(folder: Path, *arguments: str, index: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run git to its end, whatever keys are pressed meanwhile. Raises ConfigError where there is no git."""
     variables = {name: value for name, value in os.environ.items() if name not in _BOUND}  # a hook's would mislead it
-    command = ["git", "-C", str(folder), *arguments]
+    if index is not None:
+        variables["GIT_INDEX_FILE"] = str(index)
+    # status would else write what they found into the user's index, under its lock
+    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
     try:
         return subprocess.run(
             command, capture_output=True, text=True, errors="surrogateescape", env=variables, start_new_session=True

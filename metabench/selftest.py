@@ -7,7 +7,7 @@ its own, looks and confirmation included. A trial is one such check. Never impor
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import math
 import statistics
 import tempfile
@@ -23,18 +23,19 @@ from rich.text import Text
 import metabench
 from metabench import environment, plan
 from metabench.errors import Interrupted, NothingRan
-from metabench.gate import SEED, Watch, impossible, margins_of, setting_of
-from metabench.judging import Family, Judgement, confirmed, confirming, pairs_needed
+from metabench.gate import SEED, UNTOUCHED, Watch, impossible, margins_of, setting_of
+from metabench.judging import Family, Judgement, confirmed, confirming, moved, pairs_needed
 from metabench.pairs import SIDES, Item, Name, Pairs, Side, Which
 from metabench.plan import Row
 from metabench.signedranks import centre, spread
 from metabench.stats import proportion_interval
 from metabench.suite import Gating, Suite
-from metabench.thresholds import Margin
+from metabench.thresholds import Margin, Thresholds
 from metabench.trials import Trial, Trials
 
 ASKED = 0.05  # the slowdown that a gate is for
 BOUND = 0.95  # one-sided level of the bounds of rates
+CODE = ("pairs", "timing", "bench", "worker", "judging", "signedranks")  # what makes a trial what it is
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,10 @@ class Rate:
 class RowReport:
     """One kernel over all trials.
 
-    `spread` is the standard deviation of ln(candidate / base) between pairs, `shift` its centre (0 but for chance);
-    `alarms` are trials in which identical code was called slower or faster; `found` is, by injected share, how often it
-    was called regressed, and `measured` the slowdown seen then. `pairs` of processes show 5 % with 95 % power; None
-    where more than anybody waits for.
+    `spread` is the standard deviation of ln(candidate / base) between pairs, `shift` the trials' usual change (their
+    median estimate, a share: 0 but for chance); `alarms` are trials in which identical code was called slower or
+    faster; `found` is, by injected share, how often it was called regressed, and `measured` the slowdown seen then.
+    `pairs` of processes show 5 % with 95 % power; None where more than anybody waits for.
     """
 
     cell: str
@@ -77,13 +78,18 @@ class RowReport:
 
 @dataclass(frozen=True)
 class SelfTest:
-    """What a self-test came to, and the settings that it recommends."""
+    """What a self-test came to, and the settings that it recommends.
+
+    `per_row` and `per_family` are rates of false alarms, of rows and of whole checks; `contaminated` are the checks
+    whose verdicts a control that moved would have taken away (they count in the other rates all the same).
+    """
 
     suite: str
     rules: Gating
     rows: tuple[RowReport, ...]
     per_row: Rate
     per_family: Rate
+    contaminated: Rate
     missed: tuple[str, ...]
     recommended: Gating
     pairs: int
@@ -118,10 +124,11 @@ def selftest(
         message = plan.cost_message(row)
         both: dict[Which, dict[str, Any]] = {"base": message, "candidate": message}
         items += [Item(Name(*row.key, share), both, setting_of(row, suite)) for share in shares]
-    base, candidate = (Side(which, f"{which} (the same code)", suite.plugins) for which in SIDES)
+    sides = (Side(which, f"{which} (the same code)", suite.plugins, variables=UNTOUCHED) for which in SIDES)
+    base, candidate = sides
     with tempfile.TemporaryDirectory(prefix="metabench-gate-") as folder:
         pairs = Pairs(base, candidate, items, Path(folder), seconds=suite.gate.seconds, seed=SEED)
-        pairs.taken = itertools.count(sum(trial.pairs for trial in done))  # no pair is laid out as an earlier one
+        pairs.taken = sum(trial.pairs for trial in done)  # no pair is laid out as an earlier one
         try:
             watch.pair("rehearsal", 0, 0, len(items))
             pairs.rehearse(lambda workers: None)
@@ -140,6 +147,12 @@ def selftest(
         return _report(suite, margins, shares, done, pairs)
 
 
+def _code() -> str:
+    """A hash of the code that measures and decides: trials of different code are not counted together."""
+    folder = Path(metabench.__file__).parent
+    return hashlib.sha256(b"\0".join((folder / f"{name}.py").read_bytes() for name in CODE)).hexdigest()[:16]
+
+
 def _settings(suite: Suite, rows: Sequence[Row], shares: Sequence[float]) -> dict[str, Any]:
     """What trials must have in common to be counted together."""
     margins = margins_of([Name(*row.key) for row in rows], rows, suite)
@@ -149,6 +162,7 @@ def _settings(suite: Suite, rows: Sequence[Row], shares: Sequence[float]) -> dic
         "injected": list(shares[1:]),
         "gate": {**vars(suite.gate), "looks": list(suite.gate.looks)},
         "metabench": metabench.__version__,
+        "code": _code(),
         "machine": environment.name(environment.stable({})),
     }
 
@@ -158,19 +172,24 @@ def _trial(
 ) -> Trial:
     """One check for each share, all on the same pairs of processes."""
     families = [Family({name: margins[name] for name in pairs.items if name.share == share}, rules) for share in shares]
-    _measure(pairs, families, stage, watch)
+    controls: dict[str, list[float]] = {}
+    before = pairs.taken
+    _measure(pairs, families, controls, stage, watch)
     again = [confirming(family) for family in families]
-    _measure(pairs, again, stage.replace("pair", "confirming pair"), watch)
+    _measure(pairs, again, controls, stage.replace("pair", "confirming pair"), watch)
     found: dict[Name, Judgement] = {}
     ratios: dict[Name, list[float]] = {}
     for first, second in zip(families, again, strict=True):
-        found |= confirmed(first, second)
-        ratios |= {name: [*values, *second.ratios.get(name, ())] for name, values in first.ratios.items()}
-    return Trial(found, ratios)
+        judged = confirmed(first, second)
+        found |= {name: one for name, one in judged.items() if one.outcome != "incomparable"}
+        ratios |= {name: [*first.ratios[name], *second.ratios.get(name, ())] for name in judged if name in found}
+    return Trial(found, ratios, pairs.taken - before, controls)
 
 
-def _measure(pairs: Pairs, families: Sequence[Family[Name]], stage: str, watch: Watch) -> None:
-    """Fresh pairs for what is open in any of the families."""
+def _measure(
+    pairs: Pairs, families: Sequence[Family[Name]], controls: dict[str, list[float]], stage: str, watch: Watch
+) -> None:
+    """Fresh pairs for what is open in any of the families; the controls' ratios are added to `controls`."""
     while wanted := [name for family in families for name in family.open]:
         live = [family for family in families if family.open]
         look = min(next(look for look in family.rules.looks if look > family.pairs) for family in live)
@@ -182,22 +201,28 @@ def _measure(pairs: Pairs, families: Sequence[Family[Name]], stage: str, watch: 
                     family.drop(name)
             if family.open:
                 family.add(found)
+        for name, ratio in found.items():
+            if not name.cell:
+                controls.setdefault(name.measure, []).append(ratio)
 
 
 def _report(
     suite: Suite, margins: Mapping[Name, Margin], shares: Sequence[float], trials: Sequence[Trial], pairs: Pairs
 ) -> SelfTest:
     rules = suite.gate
-    names = [name for name in pairs.items if name.share == 0.0]
+    names = [name for name in margins if name.share == 0.0 and any(name in trial.found for trial in trials)]
     level = rules.alpha / len(rules.looks) / max(len(names), 1)
     reports = [_row(name, shares, trials, margins[name].margin, level) for name in names]
-    alarms = [[trial.found[name].outcome in ("regressed", "improved") for name in names] for trial in trials]
+    alarms = [[_alarm(trial.found[name]) for name in names if name in trial.found] for trial in trials]
     missed = [
         f"{name.cell} {name.measure} +{name.share:.0%}: {trial.found[name].outcome} in trial {number}"
         for number, trial in enumerate(trials, 1)
         for name in trial.found
         if name.share and trial.found[name].outcome != "regressed"
     ]
+    watched = [trial for trial in trials if trial.controls]
+    margin = Thresholds.of(suite.thresholds).margin("", "", "time").margin
+    spoilt = [any(moved(ratios, margin) for ratios in trial.controls.values()) for trial in watched]
     notes = {f"{fault.which}: {fault.reason}": None for fault in pairs.faults.values()}
     return SelfTest(
         suite=suite.name,
@@ -205,6 +230,7 @@ def _report(
         rows=tuple(reports),
         per_row=Rate(sum(map(sum, alarms)), sum(map(len, alarms))),
         per_family=Rate(sum(map(any, alarms)), len(trials)),
+        contaminated=Rate(sum(spoilt), len(watched)),
         missed=tuple(missed),
         recommended=recommend(rules, [one.pairs for one in reports]),
         pairs=sum(trial.pairs for trial in trials),
@@ -212,8 +238,12 @@ def _report(
     )
 
 
+def _alarm(judgement: Judgement) -> bool:
+    return judgement.outcome in ("regressed", "improved")
+
+
 def _row(name: Name, shares: Sequence[float], trials: Sequence[Trial], margin: float, level: float) -> RowReport:
-    ratios = [value for trial in trials for value in trial.ratios[name]]
+    trials = [trial for trial in trials if name in trial.found]
     sd = statistics.median(spread(trial.ratios[name]) or 0.0 for trial in trials)
     found, measured = {}, {}
     for share in shares[1:]:
@@ -222,19 +252,28 @@ def _row(name: Name, shares: Sequence[float], trials: Sequence[Trial], margin: f
         if not outcomes:
             continue  # this copy could not be run; the notes say why
         found[share] = Rate(outcomes.count("regressed"), len(outcomes))
-        values = [value for trial in trials for value in trial.ratios.get(copy, ())]
-        measured[share] = math.expm1(centre(values).value) if values else math.nan
-    alarms = [trial.found[name].outcome in ("regressed", "improved") for trial in trials]
+        measured[share] = _usual(copy, trials)
+    alarms = [_alarm(trial.found[name]) for trial in trials]
     return RowReport(
         cell=name.cell,
         measure=name.measure,
         spread=sd,
-        shift=math.expm1(centre(ratios[:400]).value),
+        shift=_usual(name, trials),
         alarms=Rate(sum(alarms), len(alarms)),
         found=found,
         measured=measured,
         pairs=pairs_needed(sd, ASKED, level, margin),
     )
+
+
+def _usual(name: Name, trials: Sequence[Trial]) -> float:
+    """The change of a row over all trials: the median of the trials' own estimates. NaN where no trial has any.
+
+    A trial is what a user's check is; and Hodges and Lehmann's estimate over the pairs of all of them would want
+    averages of every two of thousands of values.
+    """
+    estimates = [centre(values).value for trial in trials if (values := trial.ratios.get(name))]
+    return math.expm1(statistics.median(estimates)) if estimates else math.nan
 
 
 def recommend(rules: Gating, needed: Sequence[int | None]) -> Gating:
@@ -279,6 +318,9 @@ def show(found: SelfTest, console: Console) -> None:
     console.print(Text(f"{found.suite}: {found.pairs} pairs of processes; {settings}"))
     for what, rate in (("rows", found.per_row), ("checks", found.per_family)):
         console.print(Text(f"false alarms, {what}: {_rate(rate)}, below {rate.high:.1%} with 95 % confidence"))
+    if found.contaminated.trials:
+        rate = found.contaminated
+        console.print(Text(f"checks that a control would have spoilt: {_rate(rate)}, below {rate.high:.1%}"))
     for share in shares:
         each = [row.found[share] for row in found.rows if share in row.found]
         rate = Rate(sum(one.hits for one in each), sum(one.trials for one in each))

@@ -16,7 +16,7 @@ from scipy import stats as distributions
 from metabench.stats import Interval
 
 Floats = npt.NDArray[np.float64]
-MOST = 500  # values; far more than pairs of processes that anybody waits for
+MOST = 1000  # values: two sets of as many pairs of processes as a suite may ask for, 500
 DRAWS = 4000  # of normal samples, for the power of the test: a power of 80 % is known to 0.6 points
 
 

@@ -20,15 +20,16 @@ from metabench.stats import Interval
 
 @dataclass(frozen=True)
 class Trial:
-    """The judgements of one trial by row, and the log ratios of its pairs, those of the confirmation last."""
+    """The judgements of one trial by row, and the log ratios of its pairs, those of the confirmation last.
+
+    `pairs` of processes it took; `controls` are their log ratios, empty where a file of an earlier version has none. A
+    row that could not be measured is in neither `found` nor `ratios`.
+    """
 
     found: dict[Name, Judgement]
     ratios: dict[Name, list[float]]
-
-    @property
-    def pairs(self) -> int:
-        """The pairs of processes that it took."""
-        return max(map(len, self.ratios.values()), default=0)
+    pairs: int
+    controls: dict[str, list[float]]
 
 
 class Trials:
@@ -45,14 +46,14 @@ class Trials:
             if not lines:
                 self._append(settings)  # what cannot be written is said now, not after an hour
             elif changed := [key for key, value in settings.items() if lines[0].get(key) != value]:
-                raise ConfigError(f"{file}: holds trials with another {', '.join(changed)}: name another file")
+                raise ConfigError(f"{file}: holds trials with {_another(changed)}: name another file")
             self.earlier = [_trial(line) for line in lines[1:]]
         except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{file}: holds no trials of a self-test ({error}); name another file") from error
 
     def add(self, trial: Trial) -> None:
         """Keep a trial."""
-        self._append({"rows": list(_rows(trial))})
+        self._append({"pairs": trial.pairs, "controls": trial.controls, "rows": list(_rows(trial))})
 
     def _lines(self) -> Iterator[Any]:
         """What is there, without the line that a kill cut short."""
@@ -76,20 +77,24 @@ class Trials:
             raise ConfigError(f"{self.file}: cannot be written ({error.strerror or error})") from error
 
 
+def _another(changed: list[str]) -> str:
+    said = {"code": "another version of the code that measures and decides"}
+    return ", ".join(said.get(key, f"another {key}") for key in changed)
+
+
 def _rows(trial: Trial) -> Iterator[dict[str, Any]]:
     for name, one in trial.found.items():
-        if trial.ratios[name]:
-            yield {
-                "cell": name.cell,
-                "measure": name.measure,
-                "injected": name.share,
-                "outcome": one.outcome,
-                "small": one.small,
-                "ln_change": one.change.value,
-                "ln_low": one.change.low,
-                "ln_high": one.change.high,
-                "ln_ratios": trial.ratios[name],
-            }
+        yield {
+            "cell": name.cell,
+            "measure": name.measure,
+            "injected": name.share,
+            "outcome": one.outcome,
+            "small": one.small,
+            "ln_change": one.change.value,
+            "ln_low": one.change.low,
+            "ln_high": one.change.high,
+            "ln_ratios": trial.ratios[name],
+        }
 
 
 def _trial(line: Mapping[str, Any]) -> Trial:
@@ -99,4 +104,6 @@ def _trial(line: Mapping[str, Any]) -> Trial:
         ratios[name] = list(row["ln_ratios"])
         change = Interval(row["ln_change"], row["ln_low"], row["ln_high"], len(ratios[name]), None)
         found[name] = Judgement(row["outcome"], change, row["small"])
-    return Trial(found, ratios)
+    # a file of an earlier version does not say how many: no more than twice those of its longest row
+    pairs = line.get("pairs", 2 * max(map(len, ratios.values()), default=0))
+    return Trial(found, ratios, pairs, line.get("controls", {}))

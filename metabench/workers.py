@@ -157,6 +157,13 @@ class Worker:
     def _death(self) -> str:
         code = self._process.wait()
         if code == -signal.SIGKILL:
-            return "the worker was killed (signal 9): often the machine ran out of memory; see worker.log"
+            return "the worker was killed (signal 9): often the machine ran out of memory"
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-        return f"the worker ended {how}; its last words are in worker.log"
+        words = last_words(Path(self._log.name))
+        return f"the worker ended {how}{f'; its last words: {words}' if words else ''}"
+
+
+def last_words(log: Path) -> str:
+    """The last line in a worker's log that says anything; '' where there is none."""
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")

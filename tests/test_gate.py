@@ -205,6 +205,31 @@ def test_an_installed_copy_of_the_projects_module_is_refused_by_name(project, he
     assert left(project) == ([], [])
 
 
+def test_an_installed_copy_of_a_src_layout_is_refused_though_no_module_path_leads_to_its_source(project, here):
+    installed = project.parent / "elsewhere" / "site-packages"
+    for folder in (installed / "helper", project / "src" / "helper"):
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text("def work():\n    pass\n")
+    sabotage = f"import sys; sys.path.insert(0, {str(installed)!r}); __import__('helper').work()"
+    write(project, sabotage=sabotage, measures="adapt_flops")
+    git(project, "add", ".")
+    git(project, "commit", "-m", "with a helper")
+    (project / "src" / "helper" / "__init__.py").write_text("def work():\n    return sum(range(1000))\n")
+    with pytest.raises(ConfigError, match=r"loaded helper from .*site-packages.*uninstall that copy"):
+        here()
+    assert left(project) == ([], [])
+
+
+def test_neither_the_index_nor_the_tree_of_the_user_is_written_to(project, here):
+    (project / "learner.py").touch()  # git would now like to refresh what its index holds of it
+    index = project / ".git" / "index"
+    before = index.read_bytes(), index.stat().st_mtime_ns
+    files = sorted(project.rglob("*.py*"))
+    here()
+    assert (index.read_bytes(), index.stat().st_mtime_ns) == before
+    assert sorted(project.rglob("*.py*")) == files and not list(project.rglob("__pycache__"))
+
+
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="metabench is not in a repository here")
 def test_metabench_itself_is_taken_from_each_side(tmp_path):
     folder = tmp_path / "clone"
@@ -285,6 +310,18 @@ def test_counts_are_compared_exactly_without_pairs(project, here):
     assert outcomes(found) == {"adapt_flops": "regressed", "meta_step_nodes": "unchanged"}
     assert pairs(found) == 0 and exit_code(found) == 1 and found.verdicts[0].change > 0
     assert "1 rows are no times or counts" in said
+
+
+def test_a_worker_that_dies_while_counting_takes_one_row_with_it(project, here):
+    git(project, "add", ".")
+    within_a_count = "torch.utils._python_dispatch._get_current_dispatch_mode_stack()"
+    write(project, measures="adapt_time, adapt_flops, meta_step_nodes", sabotage=f"{within_a_count} and os._exit(7)")
+    found, _ = here()
+    (failed,) = found.failed
+    assert exit_code(found) == 3 and failed.measure == "adapt_flops"
+    assert failed.reason.startswith("the worker ended with exit code 7")
+    assert outcomes(found).keys() == {"adapt_time", "meta_step_nodes"}
+    assert outcomes(found)["meta_step_nodes"] == "unchanged", "counted by fresh workers"
 
 
 def test_messages_for_what_is_not_there(project, here, tmp_path, monkeypatch):

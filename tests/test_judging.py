@@ -214,3 +214,20 @@ def test_each_row_is_judged_by_its_own_margin():
     found = family.judgements()
     assert (found["strict"].outcome, found["lenient"].outcome) == ("regressed", "unchanged")
     assert list(confirming(family).margins.items()) == [("strict", USUAL)]
+
+
+def test_a_confirmed_regression_is_small_only_where_the_interval_that_is_shown_says_so():
+    def confirmed_after(first_change):
+        first = family_of(["row"])
+        for n in range(14):
+            first.add({"row": first_change + 0.0001 * n})
+        again = confirming(first)
+        while again.open:
+            again.add({"row": 0.03 + 0.0001 * again.pairs})
+        assert again.judgements()["row"].small, "the second set alone would always say so"
+        return confirmed(first, again)["row"]
+
+    wide, narrow = confirmed_after(0.11), confirmed_after(0.03)
+    assert wide.outcome == narrow.outcome == "regressed"
+    assert wide.change.high > math.log1p(USUAL.unchanged) > narrow.change.high
+    assert narrow.small and not wide.small

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from metabench.pairs import log_ratio, module_path, top_names
+from metabench.pairs import log_ratio, module_path, top_names, tracked_names
 
 
 def test_a_pair_is_the_median_of_paired_ratios_so_drift_of_the_machine_cancels():
@@ -52,3 +52,11 @@ def test_each_side_imports_the_project_from_its_own_tree(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     assert module_path(root, tree)["PYTHONPATH"].split(os.pathsep)[0] == str(tree)
     assert "tool" in top_names(root)
+
+
+def test_a_repository_gives_its_packages_and_modules_names_but_not_its_tests_and_foreign_code():
+    ours = ["tool.py", "src/flat.py", "src/mine/__init__.py", "src/mine/deep/__init__.py", "src/space/part/a.py"]
+    assert tracked_names(ours) == {"tool", "flat", "mine", "space"}
+    assert tracked_names(["python/lib/other/__init__.py", "python/lib/other/x.py"]) == {"other"}
+    others = ["tests/__init__.py", "docs/conf.py", "third_party/numpy/__init__.py", "scripts/torch.py", "json.py"]
+    assert tracked_names(others) == set(), "an installed numpy or torch is no copy of these"
