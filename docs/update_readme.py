@@ -31,9 +31,10 @@ def _part(kind: str, name: str) -> str:
     if kind == "file":
         language = "python" if path.suffix == ".py" else "yaml"
         return f"```{language}\n{path.read_text(encoding='utf-8')}```\n"
-    if kind == "board":  # the first of the leaderboard's boards, after the table of all
+    if kind == "board":  # the first of the leaderboard's boards, after the tables of all
         sections = re.split(r"(?=^### )", (path / "leaderboard.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
-        return f"{sections[2].rstrip()}\n"
+        first = next(section for section in sections[1:] if not section.startswith("### All boards"))
+        return f"{first.rstrip()}\n"
     runs = sorted(file.parent for file in path.rglob("manifest.json"))
     if kind == "fair":
         return fair_table.table(runs)

@@ -42,11 +42,11 @@ ALLOWED: dict[str, set[str]] = {
     "verdicts": NOBODY,
     "joint": {"thresholds", "verdicts"},
     "sides": {"cells", "store"},
-    "compare": {"cells", "environment", "joint", "sides", "stats", "thresholds", "verdicts"},
+    "compare": {"cells", "disk", "environment", "joint", "sides", "stats", "thresholds", "verdicts"},
     "spreadsheet": NOBODY,
     "verdict_report": {"spreadsheet", "verdicts"},
     "export": {"sides", "verdict_report"},
-    "report": {"cells", "environment", "report", "roofline", "store", "stats"},
+    "report": {"cells", "disk", "environment", "report", "roofline", "store", "stats"},
     "leaderboard": {
         "catalogue",
         "cells",

@@ -7,18 +7,20 @@ import json
 
 import numpy as np
 import pytest
-from conftest import metabench
+from conftest import environ, metabench
 from leaderboard_runs import cell_of, edited, row, run_of, stated, trials
 from scipy import stats as scipy_stats
 
 from metabench import spreadsheet, stats
+from metabench.cli.boards import _shortened
 from metabench.errors import ConfigError, NothingRan, StoreError
-from metabench.leaderboard import files, leaderboard, ranking
+from metabench.leaderboard import files, leaderboard, pack, ranking, rawrows
 from metabench.leaderboard.boardfile import read_board
 from metabench.leaderboard.boards import boards
 from metabench.leaderboard.collect import collect, plain, source_of
 from metabench.leaderboard.summary import _signed_rank, summaries
 from metabench.store import Run
+from metabench.verdict_report import SUMMARY_BYTES
 
 
 def sources(*paths):
@@ -184,7 +186,7 @@ def test_seeds_of_several_machines_are_pooled_and_the_earliest_of_a_seed_counts(
     table, other = trials(rng, 0.8), trials(rng, 0.6)
     first = run_of(tmp_path, [row("maml", s, table[s]) for s in (0, 1)] + rows_of({"protonet": other}))
     late = "2026-02-01T00:00:00+00:00"
-    second = run_of(tmp_path, [row("maml", s, table[2] + 0.1) for s in (1, 2)], at=late, stable={"cpu": "another"})
+    second = run_of(tmp_path, [row("maml", s, table[s] + 0.1) for s in (1, 2)], at=late, stable={"cpu": "another"})
     (board,) = made(second, first)
     maml = next(one for one in board.standings if one.algorithm == "maml")
     assert maml.seeds == (0, 1, 2) and maml.rank is not None
@@ -315,14 +317,62 @@ def test_first_presentations_near_chance_are_no_lack_of_training(tmp_path, rng):
     assert "under-trained" in said["accuracy_at_2"] and "under-trained" not in said["accuracy_at_1"]
 
 
-def test_a_run_that_is_no_longer_shown_leaves_the_site(tmp_path, rng):
-    first, second = (run_of(tmp_path / name, rows_of({name: trials(rng, 0.9)})) for name in ("protonet", "maml"))
-    leaderboard([first, second], tmp_path / "site")
-    mine = tmp_path / "site" / "runs" / "notes"
-    mine.mkdir()
-    (mine / "of-my-own.txt").write_text("stays")
+def test_a_run_that_is_no_longer_shown_leaves_the_site_and_nothing_else_does(tmp_path, rng):
+    names = ("protonet", "maml", "anil")
+    first, second, third = (run_of(tmp_path / name, rows_of({name: trials(rng, 0.9)}), name=name) for name in names)
+    site = tmp_path / "site" / "runs"
+    for name in ("empty", "mine"):
+        (site / name).mkdir(parents=True)
+    (site / "mine" / "results.csv").write_text("of my own, under a name that a build writes")
+    leaderboard([first, second, third], tmp_path / "site")
+    (site / "maml" / "notes.txt").write_text("beside what was built")
+    (site / "anil" / "samples.jsonl").write_text("changed by hand")
     leaderboard([first], tmp_path / "site")
-    assert {one.name for one in (tmp_path / "site" / "runs").iterdir()} == {first.name, "notes"}
+    assert {one.relative_to(site).as_posix() for one in site.rglob("*") if one.is_file()} == {
+        *(f"protonet/{name}" for name in (*rawrows.RAW, "results.csv")),
+        "mine/results.csv", "maml/notes.txt", "anil/samples.jsonl",
+    }  # fmt: skip
+    assert (site / "empty").is_dir()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"runs": {"../x": {}}}', '{"runs": {"a": {"../x": "0"}}}', '{"runs": 3}'])
+def test_a_note_of_what_was_written_that_is_not_ours_removes_nothing(tmp_path, rng, text):
+    path = run_of(tmp_path, rows_of({"protonet": trials(rng, 0.9), "maml": trials(rng, 0.8)}))
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "written.json").write_text(text)
+    with pytest.raises(StoreError, match=r"written\.json: cannot be read"):
+        leaderboard([path], tmp_path / "site")
+
+
+def test_a_site_can_link_to_the_run_folders_in_place_of_copying_them(tmp_path, rng):
+    path = run_of(tmp_path / "the runs", rows_of({"protonet": trials(rng, 0.9), "maml": trials(rng, 0.8)}))
+    leaderboard([path], tmp_path / "site")
+    page = leaderboard([path], tmp_path / "site", link=True).page
+    assert f'href="../the%20runs/s/{path.name}/samples.jsonl"' in page.read_text()
+    assert not (tmp_path / "site" / "runs" / path.name).exists(), "the copy of the build before is gone"
+    done = metabench("leaderboard", pack(path, tmp_path, submitter="Ada"), "--out", tmp_path / "site", "--link")
+    assert done.returncode == 2 and "a bundle has no folder to link to" in done.stderr
+
+
+def test_the_summary_of_a_step_holds_what_its_cap_leaves_room_for(tmp_path, rng):
+    path = run_of(tmp_path, rows_of({"protonet": trials(rng, 0.9), "maml": trials(rng, 0.8)}))
+    summary = tmp_path / "summary.md"
+    before = {"room": 0, "little": SUMMARY_BYTES - 300, "none": SUMMARY_BYTES - 20}
+    for name, size in before.items():
+        summary.write_bytes(b"x" * size)
+        command = ("leaderboard", path, "--out", tmp_path / "site")
+        assert metabench(*command, env=environ(GITHUB_STEP_SUMMARY=str(summary))).returncode == 0
+        added = summary.read_bytes()[size:].decode()
+        assert summary.stat().st_size <= SUMMARY_BYTES
+        assert added[:2] == {"room": "##", "little": "- ", "none": ""}[name]
+
+
+def test_a_shortened_summary_counts_the_boards_that_it_leaves_out():
+    lines = [f"board {n}" for n in range(30)]
+    text = _shortened(lines, 200)
+    assert len(text.encode()) <= 200 and text.startswith("- board 0\n")
+    assert text.splitlines()[-1] == f"- {30 - text.count('- board')} more boards do not fit here"
+    assert _shortened(lines, 10) == "" and _shortened(lines[:2], 200).splitlines() == ["- board 0", "- board 1"]
 
 
 def test_a_missing_cell_is_shown_and_never_averaged_away(tmp_path, rng):
@@ -452,6 +502,47 @@ def test_a_run_counts_once(tmp_path, rng):
     copied = shutil.copytree(path, tmp_path / "copy")
     with pytest.raises(StoreError, match="counts once"):
         made(path, copied)
+
+
+def test_a_training_does_not_become_a_second_seed_in_another_run(tmp_path, rng):
+    table = trials(rng, 0.8)
+    first = run_of(tmp_path, [row("maml", 0, table[0])])
+    later = "2026-02-01T00:00:00+00:00"
+    for norm, ids in (("running", None), ("running", [f"x{i}" for i in range(40)])):
+        again = run_of(tmp_path, [row("maml", 1, table[0], norm=norm)], at=later, ids=ids, stable={"cpu": "another"})
+        with pytest.raises(StoreError, match=r"seed1 accuracy: the same scores as .*seed0 in .*no second seed"):
+            made(first, again)
+    honest = run_of(tmp_path, [row("maml", 1, table[1])], at=later)
+    (board,) = made(first, honest)
+    assert board.standings[0].seeds == (0, 1)
+
+
+def test_a_training_of_one_device_is_no_second_seed_on_another(tmp_path, rng):
+    table = trials(rng, 0.8)
+    other = row("maml", 1, table[0])
+    other["cell"] = other["cell"].replace("cpu-", "cuda-")
+    with pytest.raises(StoreError, match="no second seed"):
+        made(run_of(tmp_path, [row("maml", 0, table[0])]), run_of(tmp_path, [other]))
+
+
+def test_what_no_seed_can_change_may_be_the_same_in_every_run(tmp_path, rng):
+    table = trials(rng, 0.8)
+    for where in (
+        {"train": ""},  # nothing was trained
+        {"measure": "accuracy_at_1", "task": "5w50t", "norm": "none"},  # no label is known yet
+    ):
+        made(*(run_of(tmp_path, [row("mine", seed, table[0], **where)], at=f"2026-0{seed + 1}") for seed in range(3)))
+    controls = (run_of(tmp_path, [row("untrained", s, table[0])], at=f"2026-0{s + 1}") for s in range(3))
+    made(*controls)
+    same = np.full(40, 0.2)
+    made(*(run_of(tmp_path, [row("maml", s, same)], at=f"2026-0{s + 1}") for s in range(3)))  # chance, all of it
+
+
+def test_the_same_seed_reached_twice_is_no_forgery(tmp_path, rng):
+    table = trials(rng, 0.8)
+    runs = [run_of(tmp_path, rows_of({"maml": table}), at=f"2026-0{n}") for n in (1, 2)]
+    (board,) = made(*runs)
+    assert board.standings[0].seeds == (0, 1, 2)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import shutil
 import zipfile
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from conftest import metabench
 from leaderboard_runs import edited, row, run_of, trials
 
+from metabench.disk import MAX_UNPACKED
 from metabench.errors import ConfigError, MetabenchError, NothingRan, StoreError
 from metabench.leaderboard import leaderboard, pack, verify
 from metabench.leaderboard.collect import collect, source_of
@@ -175,6 +178,36 @@ def test_a_damaged_or_absent_predictions_file_is_named(run):
     assert any(names[1].name in text and "not there" in text for text in found)
 
 
+def bomb(file, *, columns, unpacked):
+    """Predictions of a few kilobytes: each array claims so many columns, the first holds `unpacked` MiB of zeros."""
+    header = io.BytesIO()
+    shape = {"descr": "|u1", "fortran_order": False, "shape": (EPISODES, columns)}
+    np.lib.format.write_array_header_1_0(header, shape)
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for part in ("predicted", "ties", "labels", "classes"):
+            with archive.open(f"{part}.npy", "w") as member:
+                member.write(header.getvalue())
+                for _ in range(unpacked if part == "predicted" else 0):
+                    member.write(bytes(2**20))
+
+
+def test_predictions_that_unpack_to_more_than_a_run_writes_are_not_unpacked(tmp_path, run):
+    file = min((run / "predictions").iterdir())
+    bomb(file, columns=MAX_UNPACKED // EPISODES, unpacked=MAX_UNPACKED // 2**20 + 1)
+    assert file.stat().st_size < 2**20
+    assert any(file.name in text and "it unpacks to more than" in text for text in problems(run))
+    with pytest.raises(StoreError, match=r"it unpacks to more than .*; delete it to go on without"):
+        leaderboard([run], tmp_path / "site")
+
+
+def test_predictions_that_claim_more_than_memory_holds_are_damaged(tmp_path, run):
+    file = min((run / "predictions").iterdir())
+    bomb(file, columns=2**44, unpacked=0)
+    assert any(file.name in text and "damaged" in text for text in problems(run))
+    with pytest.raises(StoreError, match="damaged"):
+        leaderboard([run], tmp_path / "site")
+
+
 def test_a_half_written_line_and_lost_samples_are_named(run):
     with (run / "measurements.jsonl").open("a") as file:
         file.write('{"cell": "protonet')
@@ -188,6 +221,31 @@ def test_one_training_under_two_seeds_is_found_out(tmp_path):
     table = trials(np.random.default_rng(0), 0.7)
     path = run_of(tmp_path, [row("maml", s, table[0]) for s in range(3)])
     assert sum("is no second seed" in text for text in problems(path)) == 2
+
+
+def renamed_seed(run, target, before, after):
+    """A copy of a run that calls one of its seeds another, in every file, and says that it was made later."""
+    copied = shutil.copytree(run, target)
+    for name in ("manifest.json", "measurements.jsonl", "samples.jsonl", "results.csv"):
+        text = (copied / name).read_text().replace(f"seed{before}", f"seed{after}")
+        text = text.replace(f'"seed": {before}', f'"seed": {after}').replace("2026-01-01T", "2026-02-01T")
+        (copied / name).write_text(text)
+    (copied / "results.csv").unlink()
+    return copied
+
+
+def test_a_seed_renamed_in_a_copied_run_is_found_out(tmp_path, run):
+    copied = renamed_seed(run, tmp_path / "copied", 0, 9)
+    alone = verify([copied], episodes=False)
+    assert alone[0].problems == (), "by itself it adds up"
+    first, second = verify([run, copied], episodes=False)
+    assert first.problems == ()
+    again = [one for one in second.problems if "no second seed" in one.what]
+    assert len(again) == 2 and all("seed9" in one.where and f"seed0 in {run}" in one.what for one in again)
+    with pytest.raises(StoreError, match="no second seed"):
+        leaderboard([run, copied], tmp_path / "site")
+    done = metabench("leaderboard", "verify", run, copied, "--no-episodes")
+    assert done.returncode == 2 and "no second seed" in done.stderr
 
 
 def test_a_training_longer_than_its_row_says_is_found_out(tmp_path):
@@ -232,8 +290,6 @@ def test_no_value_of_a_manifest_brings_more_than_a_message(run, wrong):
 
 
 def test_a_run_handed_in_twice_is_found_out(tmp_path, run):
-    import shutil
-
     copied = shutil.copytree(run, tmp_path / "copy")
     first, second = verify([run, copied], episodes=False)
     assert first.problems == () and [one.what for one in second.problems] == [
@@ -262,6 +318,33 @@ def test_rows_whose_episodes_could_not_be_made_anew_stay_claimed(tmp_path):
     path = run_of(tmp_path, [row("maml", s, x, data="mine[only]") for s, x in enumerate(table)])
     (board,) = leaderboard([path], tmp_path / "site", check=True).boards
     assert [one.trust for one in board.standings] == ["claimed"]
+    assert any("not made anew" in text for text in board.standings[0].remarks)
+
+
+def without_predictions(path, algorithm):
+    """The same run, the answers of an algorithm's rows not handed in and not named."""
+    file = path / "measurements.jsonl"
+    kept = []
+    for line in file.read_text().splitlines():
+        record = json.loads(line)
+        if record["cell"].startswith(algorithm):
+            (path / "predictions" / record["facts"].pop("predictions")).unlink()
+        kept.append(json.dumps(record))
+    file.write_text("\n".join(kept) + "\n")
+    return path
+
+
+def test_scores_whose_answers_were_not_handed_in_stay_claimed_and_it_is_said(tmp_path, run):
+    without_predictions(run, "maml")
+    (audit,) = verify([run])
+    assert audit.problems == () and {key[0].partition("[")[0] for key in audit.doubts} == {"maml"}
+    built = leaderboard([run], tmp_path / "site", check=True)
+    (board,) = built.boards
+    assert {one.algorithm: one.trust for one in board.standings} == {"protonet": "recomputed", "maml": "claimed"}
+    why = "claimed, not recomputed: what its queries were answered was not handed in"
+    assert [one.remarks.count(why) for one in board.standings] == [0, 1]
+    assert why in built.page.read_text() and f"maml: {why}" in built.markdown
+    assert '<span class="trust claimed">claimed</span></td>' in built.page.read_text()
 
 
 def test_a_board_of_verified_runs_takes_none_that_does_not_add_up(tmp_path):
@@ -300,6 +383,13 @@ def test_a_bundle_cannot_write_outside_or_bring_other_files(tmp_path, run, name)
     with zipfile.ZipFile(good, "a") as archive:
         archive.writestr(name, "x")
     with pytest.raises(StoreError, match=r"does not belong|holds one run"):
+        verify([good], episodes=False)
+
+
+def test_a_bundle_whose_rows_are_larger_than_memory_should_hold_is_not_unpacked(tmp_path, run, monkeypatch):
+    good = pack(run, tmp_path, submitter="Ada")
+    monkeypatch.setattr("metabench.leaderboard.bundle.MAX_TEXT", 1000)
+    with pytest.raises(StoreError, match="more than 1,000 bytes that is no weights"):
         verify([good], episodes=False)
 
 

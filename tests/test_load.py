@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import zipfile
+
 import numpy as np
 import pytest
 
+from metabench.errors import StoreError
 from metabench.report import tables
 from metabench.report.load import load
 from metabench.scoring import Credit
@@ -91,3 +94,46 @@ def test_credit_per_class_is_read_from_the_predictions(tmp_path):
     by_class = load([made(tmp_path, [0.5] * 10)]).by_class.set_index("class")
     assert by_class["queries"].to_dict() == {7: 10, 300: 10}
     assert by_class["credit"].to_dict() == pytest.approx({7: 1 / 3, 300: 10})
+
+
+def damaged(path, **parts):
+    file = path / "predictions" / "p.npz"
+    with np.load(file) as kept:
+        whole = dict(kept)
+    np.savez_compressed(file, **{**whole, **parts})
+    return file
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"labels": np.zeros((10, 2))}, "labels is no table of whole numbers"),
+        ({"labels": np.zeros(20, dtype=np.uint8)}, "labels is no table of whole numbers"),
+        ({"classes": np.zeros((10, 0), dtype=np.int32)}, "classes is no table of whole numbers"),
+        ({"classes": np.full((10, 2), -1)}, "classes holds a number out of range"),
+        ({"ties": np.full((10, 2), 2**64 - 1, dtype=np.uint64)}, "ties holds a number out of range"),
+        ({"ties": np.zeros((10, 3), dtype=np.uint8)}, "not of one shape"),
+        ({"classes": np.zeros((9, 2), dtype=np.int32)}, "not of one shape"),
+        ({"labels": np.array([{}])}, "pickle"),
+        ({"classes": np.full((10, 2), 2**40)}, "a class number is out of range"),
+    ],
+)
+def test_predictions_that_no_run_writes_are_damaged_and_the_message_says_how_to_go_on(tmp_path, parts, said):
+    path = made(tmp_path, [0.5] * 10)
+    file = damaged(path, **parts)
+    with pytest.raises(StoreError) as raised:
+        load([path])
+    assert str(raised.value).startswith(f"{file}: damaged (") and said in str(raised.value)
+    assert str(raised.value).endswith("; delete it to go on without intervals by class")
+
+
+def test_predictions_packed_in_a_way_that_no_run_uses_are_damaged(tmp_path):
+    path = made(tmp_path, [0.5] * 10)
+    file = path / "predictions" / "p.npz"
+    with zipfile.ZipFile(file) as old:
+        members = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_LZMA) as new:
+        for name, data in members.items():
+            new.writestr(name, data)
+    with pytest.raises(StoreError, match="packed in a way that no run uses"):
+        load([path])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,6 @@ from typer.core import TyperGroup
 from metabench.cli.terminal import DataRoot, Device, console, device_of, print_text, use_data_root
 
 RERUNS = Path("results/reruns")
-SUMMARY_BYTES = 1_000_000  # of GITHUB_STEP_SUMMARY, which takes 1 MiB or nothing
 RunsOrBundles = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or bundles made by `pack`.")]
 
 
@@ -51,18 +51,45 @@ def build(
         list[Path] | None,
         typer.Option(help="A folder that `rerun` wrote: rows it bears out are `re-run`; repeatable."),
     ] = None,
+    link: Annotated[
+        bool, typer.Option("--link", help="Link to the run folders where they are; copy no raw rows into the site.")
+    ] = False,
     data_root: DataRoot = None,
 ) -> None:
     """Merge runs into a static page, CSV and Markdown (the default: `build` may be left out)."""
     from metabench.leaderboard import leaderboard
 
     use_data_root(data_root)
-    built = leaderboard(runs, out, board=board, check=check, reruns=reruns or ())
+    built = leaderboard(runs, out, board=board, check=check, reruns=reruns or (), link=link)
     print_text("".join(f"{line}\n" for line in (*built.lines, f"page: {built.page}")))
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-        with Path(summary).open("a", encoding="utf-8") as file:
-            short = len(built.markdown.encode()) < SUMMARY_BYTES
-            file.write(built.markdown if short else "\n".join(f"- {line}" for line in built.lines) + "\n")
+        _summarize(Path(summary), built.markdown, built.lines)
+
+
+def _summarize(file: Path, markdown: str, lines: Sequence[str]) -> None:
+    """Append the boards to GitHub's summary of a step: all of them, or else a line for each as far as its cap allows.
+
+    The cap is on the whole file, which steps before may have written to; GitHub drops a longer one altogether.
+    """
+    from metabench.verdict_report import SUMMARY_BYTES
+
+    room = SUMMARY_BYTES - (file.stat().st_size if file.is_file() else 0)
+    with file.open("a", encoding="utf-8") as out:
+        out.write(markdown if len(markdown.encode()) <= room else _shortened(lines, room))
+
+
+def _shortened(lines: Sequence[str], room: int) -> str:
+    """As many of the lines as go into so many bytes, with the number of the others."""
+    kept: list[str] = []
+    room -= len(f"- {len(lines)} more boards do not fit here\n")
+    for line in lines:
+        room -= len(f"- {line}\n".encode())
+        if room < 0:
+            break
+        kept.append(f"- {line}\n")
+    if len(kept) == len(lines):
+        return "".join(kept)
+    return "".join([*kept, f"- {len(lines) - len(kept)} more boards do not fit here\n"]) if kept else ""
 
 
 @app.command()

@@ -8,26 +8,19 @@ is never imported here.
 from __future__ import annotations
 
 import contextlib
-import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 
 from metabench.errors import ConfigError, NothingRan, StoreError
-from metabench.leaderboard import bundle, files, rerunfile, site
+from metabench.leaderboard import bundle, files, rawrows, rerunfile, site
 from metabench.leaderboard.audit import Audit, Problem, audit, results_of
 from metabench.leaderboard.boardfile import BoardEntry, read_board
 from metabench.leaderboard.boards import Board, boards
-from metabench.leaderboard.collect import Source, collect, regular, source_of
+from metabench.leaderboard.collect import Fingerprint, Source, Training, collect, plain, source_of
 from metabench.leaderboard.summary import Summary, summaries
-from metabench.report.model import RESULT_COLUMNS
-from metabench.spreadsheet import table
 
 __all__ = ["Audit", "Board", "Built", "Summary", "leaderboard", "pack", "verify"]
-
-TABLE = "results.csv"
-RAW = ("manifest.json", "environment.json", "measurements.jsonl", "samples.jsonl")
 
 
 @dataclass(frozen=True)
@@ -45,20 +38,30 @@ class Built:
 
 
 def leaderboard(
-    runs: Sequence[Path], out: Path, *, board: Path | None = None, check: bool = False, reruns: Sequence[Path] = ()
+    runs: Sequence[Path],
+    out: Path,
+    *,
+    board: Path | None = None,
+    check: bool = False,
+    reruns: Sequence[Path] = (),
+    link: bool = False,
 ) -> Built:
     """Merge runs (folders or bundles) into a site in `out`: index.html, leaderboard.csv and .md, badge.svg, runs/.
 
+    `link`: the page links to the run folders where they lie; nothing is copied to runs/.
+
     `board` is a board file. With `check` every run is verified first: its rows are `recomputed`, not `claimed`, where
-    the data set is here to make the test episodes anew. `reruns` are folders that `rerun` wrote: the rows that they
-    bear out are `re-run`.
+    their predictions were handed in and the data set is here to make the test episodes anew. `reruns` are folders that
+    `rerun` wrote: the rows that they bear out are `re-run`.
 
     Raises:
-        StoreError: a run is damaged, states what its raw scores do not give, is handed in twice, does not verify, or
-            did not hold when it was run again.
-        ConfigError: the board file is wrong.
+        StoreError: a run is damaged, states what its raw scores do not give, is handed in twice (whole, or a training
+            as another seed), does not verify, or did not hold when it was run again.
+        ConfigError: the board file is wrong; a bundle where `link` asks for folders.
         NothingRan: no run has a row of quality on a protocol of the board.
     """
+    if link and (packed := [path for path in runs if path.is_file()]):
+        raise ConfigError(f"{packed[0]}: a bundle has no folder to link to; leave --link out, or unpack it")
     entry = read_board(board) if board else BoardEntry()
     records = [record for folder in reruns for record in rerunfile.read(folder)]
     with contextlib.ExitStack() as stack:
@@ -82,23 +85,21 @@ def leaderboard(
                 "look at `metabench report RUN` and at the board file's protocols"
             )
         across = summaries(made, entry.sources)
-        folders = _folders(kept)
+        places = rawrows.links(kept, out) if link else rawrows.copies(kept)
         markdown = files.leaderboard_md(entry.title, made, across)
         page = site.page(
             title=entry.title,
             description=entry.description,
             boards=made,
             summaries=across,
-            runs=[(one, folders[id(one)]) for one in kept],
+            runs=[(one, places[id(one)]) for one in kept],
             withdrawals=[(w.run, w.algorithm or "all rows", w.reason) for w in entry.withdrawals],
             environments=found.environments,
         )
         bundle.write(out / "leaderboard.csv", files.leaderboard_csv(made).encode())
         bundle.write(out / "leaderboard.md", markdown.encode())
         bundle.write(out / "badge.svg", files.badge_svg(made).encode())
-        _clear(out / "runs", keep=set(folders.values()))
-        for one in kept:
-            _copy(one, out / "runs" / folders[id(one)])
+        rawrows.publish([] if link else kept, out, places)
         bundle.write(out / "index.html", page.encode("utf-8", "backslashreplace"))
     return Built(out / "index.html", markdown, tuple(made))
 
@@ -110,12 +111,18 @@ def verify(runs: Sequence[Path], *, episodes: bool = True) -> list[Audit]:
     """
     audits: list[Audit] = []
     seen: dict[tuple[object, ...], Path] = {}
+    trainings: dict[Fingerprint, Training] = {}
     for path in runs:
         with bundle.reading(path) as run:
             found = audit(run, episodes=episodes)
             others = {seen.setdefault(key, path) for key in results_of(run)} - {path}
         twice = [Problem(str(path), f"holds results of {other} again: a result counts once") for other in others]
-        audits.append(replace(found, problems=(*found.problems, *twice)))
+        again = []
+        for key, training in found.trainings.items():
+            mine = replace(training, run=str(path))  # a bundle lay in a folder that is gone by now
+            if (first := trainings.setdefault(key, mine)).seed != mine.seed:
+                again.append(Problem(f"{path}: {plain(mine.cell)}", first.again(elsewhere=True)))
+        audits.append(replace(found, problems=(*found.problems, *twice, *again)))
     return audits
 
 
@@ -135,35 +142,4 @@ def _verified(source: Source, *, episodes: bool = True) -> Source:
     found = audit(source.run, episodes=episodes)
     if found.problems:
         raise StoreError("\n".join(f"{one.where}: {one.what}" for one in found.problems))
-    return replace(source, trust="recomputed") if found.whole else source
-
-
-def _folders(sources: Sequence[Source]) -> dict[int, str]:
-    """A folder name for each run, harmless and each once."""
-    names: dict[int, str] = {}
-    for source in sources:
-        safe = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in source.run.name).lstrip(".")
-        name = safe[:100] or "run"
-        tries = (name if number == 1 else f"{name}-{number}" for number in count(1))
-        names[id(source)] = next(one for one in tries if one not in names.values())
-    return names
-
-
-def _clear(runs: Path, *, keep: Collection[str]) -> None:
-    """Remove what an earlier build copied there and this one does not show: a run that was withdrawn is to be gone."""
-    for folder in runs.iterdir() if runs.is_dir() else ():
-        ours = folder.is_dir() and not folder.is_symlink() and {f.name for f in folder.iterdir()} <= {*RAW, TABLE}
-        if ours and folder.name not in keep:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _copy(source: Source, folder: Path) -> None:
-    """The raw rows beside the page, and results.csv made anew with formulas defused."""
-    rows = source.run.rows(source.measured)
-    bundle.write(folder / TABLE, table(RESULT_COLUMNS, rows).encode("utf-8", "replace"))
-    for name in RAW:
-        if (file := regular(source.run, name)) is not None:
-            try:
-                shutil.copyfile(file, folder / name)
-            except OSError as error:
-                raise StoreError(f"{folder / name}: cannot be written ({error.strerror or error})") from error
+    return replace(source, doubts=found.doubts)

@@ -9,37 +9,38 @@ import json
 import math
 import subprocess
 import sys
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
-import numpy.typing as npt
 
 from metabench import environment
+from metabench.disk import Ints, read_predictions
 from metabench.errors import NothingRan, StoreError
 from metabench.leaderboard.collect import (
+    Fingerprint,
+    Training,
     agree,
     check_manifest,
     check_scores,
     coordinates,
+    fingerprint,
     is_control,
     measured,
     plain,
     quality,
     regular,
+    seed_of,
 )
 from metabench.report import csvfile
 from metabench.report.model import RunData
 from metabench.stats import Floats, median_interval
-from metabench.store import Measurement, Run
+from metabench.store import Key, Measurement, Run
 
 EPISODES_SECONDS = 600.0  # for making the episodes of one run anew
 CREDIT = 1e-12
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -52,18 +53,19 @@ class Problem:
 
 @dataclass(frozen=True)
 class Audit:
-    """What was checked of a run, how much of it, what could not be checked here and why, and what is wrong."""
+    """What was checked of a run, how much of it, what could not be checked here and why, and what is wrong.
+
+    `doubts` are the results of quality whose scores could not be made anew, each with the reason: these stay claimed,
+    though nothing about them is wrong. `trainings` say by a hash of the scores which seed of which cell they are, for
+    who looks for the same scores under another seed.
+    """
 
     run: str
     checked: tuple[tuple[str, int], ...]
     unchecked: tuple[str, ...]
     problems: tuple[Problem, ...]
-
-    @property
-    def whole(self) -> bool:
-        """Whether all adds up, the episodes of every score made anew from the data set."""
-        counts = dict(self.checked)
-        return not self.problems and counts.get("test episodes", 0) == counts.get("scores", 0)
+    doubts: Mapping[Key, str] = field(default_factory=dict, repr=False)
+    trainings: Mapping[Fingerprint, Training] = field(default_factory=dict, repr=False)
 
 
 @dataclass
@@ -72,13 +74,21 @@ class _Findings:
     counts: dict[str, int] = field(default_factory=dict)
     unchecked: dict[str, None] = field(default_factory=dict)
     problems: dict[Problem, None] = field(default_factory=dict)
-    answered: set[tuple[str, str]] = field(default_factory=set)  # the rows whose predictions could be read
+    answered: dict[Key, str] = field(default_factory=dict)  # by row, a hash of the classes that its predictions name
+    doubts: dict[Key, str] = field(default_factory=dict)
+    trainings: dict[Fingerprint, Training] = field(default_factory=dict)
 
     def count(self, what: str, number: int = 1) -> None:
         self.counts[what] = self.counts.get(what, 0) + number
 
     def wrong(self, where: str, what: str) -> None:
         self.problems[Problem(plain(where, 500), what)] = None
+
+    def doubt(self, one: Measurement, why: str) -> None:
+        """Note why a row's scores are taken as they stand."""
+        key = one.cell, one.measure
+        if quality(one.measure):
+            self.doubts[key] = f"{self.doubts[key]}; {why}" if key in self.doubts else why
 
     def refuse(self, error: StoreError) -> None:
         """Note an error of reading as a problem: its message begins with the place."""
@@ -99,17 +109,27 @@ def audit(run: Run, *, episodes: bool = True) -> Audit:
         found.wrong(f"{run.path / 'measurements.jsonl'}: {key[0]} {key[1]}", "its raw samples are not in samples.jsonl")
     if not good and not lost:
         raise NothingRan(f"{run.path}: no finished row; there is nothing to verify")
-    scores: dict[tuple[str, str], Floats] = {}
+    scores: dict[Key, Floats] = {}
     for one in good:
         _figure(found, one, scores)
     _repeated(found, scores)
     _environments(found, good)
     _derived(found)
+    scored = [one for one in good if (one.cell, one.measure) in scores]
     if episodes:
-        _episodes(found, [one for one in good if (one.cell, one.measure) in scores])
+        _episodes(found, scored)
     else:
         found.unchecked["the test episodes were not made anew (--no-episodes)"] = None
-    return Audit(str(run.path), tuple(found.counts.items()), tuple(found.unchecked), tuple(found.problems))
+        for one in scored:
+            found.doubt(one, "its test episodes were not made anew (--no-episodes)")
+    return Audit(
+        str(run.path),
+        tuple(found.counts.items()),
+        tuple(found.unchecked),
+        tuple(found.problems),
+        found.doubts,
+        found.trainings,
+    )
 
 
 def results_of(run: Run) -> set[tuple[object, ...]]:
@@ -135,10 +155,10 @@ def _whole_lines(found: _Findings) -> None:
                 found.wrong(str(file), "ends in half a line: the run was killed; run its suite again to finish it")
 
 
-def _lost(run: Run, stored: Mapping[tuple[str, str], Measurement]) -> list[tuple[str, str]]:
+def _lost(run: Run, stored: Mapping[Key, Measurement]) -> list[Key]:
     """Rows of the plan that have a line, but whose pointer leads to no raw samples: reading passes them over."""
     file = run.path / "measurements.jsonl"
-    named: dict[tuple[str, str], str] = {}
+    named: dict[Key, str] = {}
     for line in file.read_bytes().split(b"\n")[:-1] if file.is_file() else []:
         record = json.loads(line)
         named[str(record.get("cell")), str(record.get("measure"))] = str(record.get("status"))
@@ -146,7 +166,7 @@ def _lost(run: Run, stored: Mapping[tuple[str, str], Measurement]) -> list[tuple
     return [key for key, status in named.items() if status == "ok" and key in planned and key not in stored]
 
 
-def _figure(found: _Findings, one: Measurement, scores: dict[tuple[str, str], Floats]) -> None:
+def _figure(found: _Findings, one: Measurement, scores: dict[Key, Floats]) -> None:
     """One row: its coordinates, and its figures from its raw samples."""
     run = found.run
     where = f"{run.path / 'measurements.jsonl'}: {plain(one.cell)} {plain(one.measure)}"
@@ -214,26 +234,19 @@ def _predictions(found: _Findings, where: str, one: Measurement, scores: Floats,
     name = one.facts.get("predictions")
     file = regular(found.run, f"predictions/{Path(str(name)).name}") if name else None
     if file is None or file.name != name:
-        what = f"names predictions {plain(name)} that are not there" if name else ""
-        if what:
-            found.wrong(where, what)
-        else:
+        if name:
+            found.wrong(where, f"names predictions {plain(name)} that are not there")
+        elif "accuracy" in one.measure:  # of an error there is nothing to keep: it has no right and wrong answers
             found.unchecked[f"{one.measure}: no predictions were kept: scores are taken as they stand"] = None
+            found.doubt(one, "what its queries were answered was not handed in")
         return
-    try:
-        with np.load(file) as kept:
-            predicted, ties, labels, classes = (
-                kept[part].astype(np.int64) for part in ("predicted", "ties", "labels", "classes")
-            )
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zlib.error, BadZipFile) as error:
-        found.wrong(str(file), f"damaged ({error})")
-        return
+    predicted, ties, labels, classes = read_predictions(file, "predicted", "ties", "labels", "classes")
     wrong = _answers(scores, predicted, ties, labels, classes, known)
     if wrong:
         found.wrong(str(file), f"{wrong} (predictions of {plain(one.cell)} {one.measure})")
     else:
         found.count("predictions", labels.size)
-        found.answered.add((one.cell, one.measure))
+        found.answered[one.cell, one.measure] = hashlib.sha256(classes.astype("<i8").tobytes()).hexdigest()
 
 
 def _answers(
@@ -265,24 +278,15 @@ def _answers(
     return None
 
 
-def _repeated(found: _Findings, scores: Mapping[tuple[str, str], Floats]) -> None:
+def _repeated(found: _Findings, scores: Mapping[Key, Floats]) -> None:
     """Two trainings that agree on every episode are one, handed in twice."""
-    seen: dict[tuple[str, str, bytes], str] = {}
     for (cell, measure), values in scores.items():
-        head, _, tail = cell.partition("/seed")
-        if (
-            "train=" not in head
-            or is_control(head.partition("[")[0])
-            or np.ptp(values) == 0
-            or measure == "accuracy_at_1"
-        ):
+        key = fingerprint(cell, measure, values)
+        if key is None:
             continue
-        other = seen.setdefault((head + "/".join(tail.split("/")[1:]), measure, values.tobytes()), cell)
-        if other != cell:
-            found.wrong(
-                f"{found.run.path / 'samples.jsonl'}: {plain(cell)} {measure}",
-                f"the same {len(values)} scores as {plain(other)}: a seed that changes nothing is no second seed",
-            )
+        first = found.trainings.setdefault(key, Training(seed_of(cell), cell, str(found.run.path)))
+        if first.seed != seed_of(cell):
+            found.wrong(f"{found.run.path / 'samples.jsonl'}: {plain(cell)} {measure}", first.again())
 
 
 def _environments(found: _Findings, good: Sequence[Measurement]) -> None:
@@ -394,7 +398,9 @@ def _recount(questions: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]
 def _compare(found: _Findings, one: Measurement, answer: Mapping[str, Any]) -> None:
     where = f"{found.run.path / 'samples.jsonl'}: {plain(one.cell)} {plain(one.measure)}"
     if "unknown" in answer:
-        found.unchecked[f"test episodes not made anew: {answer['unknown']}"] = None
+        why = f"test episodes not made anew: {plain(answer['unknown'])}"
+        found.unchecked[why] = None
+        found.doubt(one, why)
         return
     ids = found.run.samples(one)["episodes"]
     right = answer["ids"]
@@ -408,9 +414,7 @@ def _compare(found: _Findings, one: Measurement, answer: Mapping[str, Any]) -> N
     if pixels is not None and answer["pixels"] is not None and pixels != answer["pixels"]:
         found.wrong(where, f"pixels hash is {plain(pixels)}, the data set here has {answer['pixels']}")
     found.count("test episodes", len(ids))
-    file = found.run.path / "predictions" / Path(str(one.facts.get("predictions"))).name
-    if answer["classes"] is not None and (one.cell, one.measure) in found.answered:
-        with np.load(file) as kept:
-            classes = kept["classes"].astype("<i8").tobytes()
-        if hashlib.sha256(classes).hexdigest() != answer["classes"]:
-            found.wrong(str(file), "its classes are not those of the test episodes")
+    stated = found.answered.get((one.cell, one.measure))
+    if stated and answer["classes"] is not None and stated != answer["classes"]:
+        name = Path(str(one.facts["predictions"])).name
+        found.wrong(str(found.run.path / "predictions" / name), "its classes are not those of the test episodes")

@@ -106,7 +106,7 @@ def _title(board: Board, namesakes: Sequence[Board]) -> str:
     differing = [
         name for name in mine if any(dict(other.protocol.facts).get(name) != mine[name] for other in namesakes)
     ]
-    kept = [name for name in differing if name != "episodes hash"]
+    kept = [name for name in differing if not name.endswith(" hash")]
     return " · ".join([board.protocol.title, *(f"{name} {mine[name]}" for name in kept)])
 
 

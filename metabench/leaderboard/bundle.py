@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import tempfile
 import zipfile
 import zlib
@@ -27,6 +28,7 @@ MEMBER = re.compile(
     r"weights/[0-9a-f]{64}\.safetensors|plugins/[A-Za-z0-9_][A-Za-z0-9_.+-]*\.py)"
 )
 MAX_BYTES, MAX_MEMBERS = 4 * 2**30, 100_000
+MAX_TEXT = 2**29  # of one file of rows, which is read into memory: many times what a large run writes
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the same bytes whenever a run is packed
 
 
@@ -118,7 +120,8 @@ def _unpack(path: Path, folder: Path) -> Path:
             for member in members:
                 target = folder / member.filename
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(archive.read(member))
+                with archive.open(member) as packed, target.open("wb") as out:
+                    shutil.copyfileobj(packed, out, 2**20)  # zipfile stops at the size that was checked
     # zipfile's ways to say: damaged, cut short, compressed in a way it does not know, encrypted
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise StoreError(f"{path}: no run folder and no bundle that can be read ({error})") from error
@@ -139,19 +142,26 @@ def _check(path: Path, members: list[zipfile.ZipInfo]) -> str:
         raise StoreError(f"{path}: a bundle holds one run, and each file once")
     if sum(member.file_size for member in members) > MAX_BYTES or len(members) > MAX_MEMBERS:
         raise StoreError(f"{path}: a bundle of more than {MAX_BYTES:,} bytes or {MAX_MEMBERS:,} files is not read")
+    if any(member.file_size > MAX_TEXT for member in members if not member.filename.endswith(".safetensors")):
+        raise StoreError(f"{path}: a file of more than {MAX_TEXT:,} bytes that is no weights is not read")
     return names.pop()
 
 
 def _check_hashes(path: Path, run: Path) -> None:
     record = submission(run)
     found = {
-        str(file.relative_to(run)): hashlib.sha256(file.read_bytes()).hexdigest()
+        str(file.relative_to(run)): _sha256(file)
         for file in sorted(run.rglob("*"))
         if file.is_file() and file.name != SUBMISSION
     }
     for name in sorted({*found, *record["files"]}):
         if found.get(name) != record["files"].get(name):
             raise StoreError(f"{path}: {plain(name)} is not what {SUBMISSION} says: it was changed, added or lost")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def submission(run: Path) -> dict[str, Any]:

@@ -35,13 +35,38 @@ TIMES = ("adapt_time", "train_time")
 TOLERANCE = 1e-9  # between a stated figure and the one made anew, relative
 
 
+Fingerprint = tuple[Any, ...]  # what equal scores of one method on one task have in common, whatever their seed
+
+
+@dataclass(frozen=True)
+class Training:
+    """Which seed of which cell some scores are, and the run they lie in."""
+
+    seed: int
+    cell: str
+    run: str
+
+    def again(self, *, elsewhere: bool = False) -> str:
+        """What to say where another seed has the same scores."""
+        where = f" in {self.run}" if elsewhere else ""
+        return f"the same scores as {plain(self.cell)}{where}: a seed that changes nothing is no second seed"
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
-    """One run as it was handed in: its folder, who sent it, how far it is trusted."""
+    """One run as it was handed in: its folder, who sent it, and what became of verifying it.
+
+    `doubts` are the results that stay claimed although the run adds up, each with the reason; None: not verified.
+    """
 
     run: Run
     submitter: str
-    trust: Trust
+    doubts: Mapping[Key, str] | None = None
+
+    @property
+    def trust(self) -> Trust:
+        """How far the run as a whole is trusted: no further than any of its results."""
+        return "claimed" if self.doubts is None or self.doubts else "recomputed"
 
     @property
     def name(self) -> str:
@@ -84,7 +109,14 @@ class Score:
     @property
     def trust(self) -> Trust:
         """How far this row is trusted."""
-        return "re-run" if self.rerun else self.source.trust
+        if self.rerun:
+            return "re-run"
+        return "claimed" if self.source.doubts is None or self.doubt else "recomputed"
+
+    @property
+    def doubt(self) -> str:
+        """Why it stays claimed although its run was verified and adds up; empty where it does not."""
+        return (self.source.doubts or {}).get((self.cell, self.measure), "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,12 +154,12 @@ def _harmless(char: str) -> bool:
     return char.isprintable() and unicodedata.category(char) != "Cf"
 
 
-def source_of(run: Run, trust: Trust = "claimed") -> Source:
+def source_of(run: Run) -> Source:
     """A run as a source. Raises StoreError where its manifest does not hold together or a file of it is a link."""
     for name in ("manifest.json", "measurements.jsonl", "samples.jsonl", "environment.json"):
         regular(run, name)
     check_manifest(run)
-    return Source(run, submitter_of(run), trust)
+    return Source(run, submitter_of(run))
 
 
 def regular(run: Run, name: str) -> Path | None:
@@ -240,7 +272,8 @@ def collect(
     """Read every run, without the rows of algorithms that `withdrawn` says were taken back (they still count as tried).
 
     Raises:
-        StoreError: a run is damaged, is handed in twice, or states a figure that its raw scores do not give.
+        StoreError: a run is damaged, is handed in twice, states a figure that its raw scores do not give, or two seeds
+            have the same scores.
     """
     scores: list[Score] = []
     costs: list[Cost] = []
@@ -257,6 +290,7 @@ def collect(
             else:
                 costs.append(one)
     _refuse_twice(scores)
+    _refuse_repeated(scores)
     return Collected(tuple(sources), tuple(scores), tuple(costs), {k: len(v) for k, v in tried.items()}, environments)
 
 
@@ -277,6 +311,42 @@ def _refuse_twice(scores: Sequence[Score]) -> None:
             raise StoreError(
                 f"{score.source.run.path}: {plain(score.cell)} is the same result as in {other.source.run.path}: "
                 "a result counts once; name only one of these runs, or withdraw one in the board file"
+            )
+
+
+def fingerprint(cell: str, measure: str, scores: Floats) -> Fingerprint | None:
+    """What another seed's scores must not share; None where the seed need not matter.
+
+    It does not for what is not trained, for controls, at a first presentation (no label is known), and where every
+    episode has the same score. The device is no part of it: seeds of several machines are pooled, of one training too.
+    """
+    known = _parsed_id(cell)
+    untold = not known["train_spec"] or is_control(known["algorithm"]) or measure == "accuracy_at_1"
+    if untold or np.ptp(scores) == 0:
+        return None
+    names = ("trained", "data", "ways", "shots", "queries", "stream", "norm", "precision")
+    return (*(known[name] for name in names), measure, hashlib.sha256(scores.tobytes()).hexdigest())
+
+
+def seed_of(cell: str) -> int:
+    """The training seed in a cell's id."""
+    return int(_parsed_id(cell)["seed"])
+
+
+def _refuse_repeated(scores: Sequence[Score]) -> None:
+    """One training handed in as two seeds would look like a method without variance, in whatever runs they lie."""
+    seen: dict[Fingerprint, Training] = {}
+    for score in scores:
+        key = None if score.scores is None else fingerprint(score.cell, score.measure, score.scores)
+        if score.scores is None or key is None:
+            continue
+        mine = Training(seed_of(score.cell), score.cell, str(score.source.run.path))
+        first = seen.setdefault(key, mine)
+        if first.seed != mine.seed:
+            what = first.again(elsewhere=first.run != mine.run)
+            raise StoreError(
+                f"{mine.run}: {plain(score.cell)} {score.measure}: {what}; leave the run out, or withdraw the method "
+                "in the board file"
             )
 
 

@@ -72,7 +72,7 @@ LEGEND = (
     "Rank: from 1 + the methods that are significantly better to K - those significantly worse, by paired differences "
     "over training seeds with Holm's correction at 5 %; methods that share a letter are not told apart. Intervals are "
     "at 95 %, over seeds and test episodes, and by class. Cost: time of adapting as a multiple of protonet's in the "
-    "same run. Trust: claimed, recomputed from raw scores, or re-run."
+    "same run. Trust: claimed, recomputed from answers and test episodes, or re-run; costs stay as claimed."
 )
 
 

@@ -38,7 +38,7 @@ def page(
     withdrawals: Sequence[tuple[str, str, str]],
     environments: Mapping[str, Mapping[str, Any]],
 ) -> str:
-    """The HTML of the whole site; `runs` come with the folders in which their raw rows lie beside the page."""
+    """The HTML of the whole site; `runs` come with the way from the page to their raw rows."""
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
     folders: dict[str, list[str]] = {}
     for source, folder in runs:

@@ -81,7 +81,7 @@ def standing(group: Sequence[Score], protocol: Protocol, found: Collected, costs
     control = is_control(known["algorithm"])
     table = np.stack([s.scores for s in good if s.scores is not None]) if good else None
     quality = None if table is None else seeds_interval(table)
-    remarks = _remarks(protocol, known, quality, good, bad, doubled, control)
+    remarks = [*_remarks(protocol, known, quality, good, bad, doubled, control), *_doubts(good)]
     submitter = "" if control else first.source.submitter
     mine = of_method(group, costs)
     tried = max(found.tried.get(tried_key(s.source.submitter, s.coordinates), 1) for s in group)
@@ -166,6 +166,12 @@ def _remarks(
     if quality and quality.sd == 0 and not control and len(good) > 1:
         said.append("no variation between seeds: the interval speaks of episodes alone")
     return said
+
+
+def _doubts(good: Iterable[Score]) -> list[str]:
+    """Why a verified run's rows stay claimed."""
+    reasons = dict.fromkeys(score.doubt for score in good if score.doubt and not score.rerun)
+    return [f"claimed, not recomputed: {reason}" for reason in reasons]
 
 
 def labelled(standings: Sequence[Standing]) -> list[Standing]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
+from metabench.disk import Ints, read_predictions
 from metabench.errors import StoreError
 from metabench.report.model import RunData
 from metabench.store import Key, Measurement, Run
 
-MAX_BYTES, MAX_CLASSES = 2**28, 10**6  # of one cell's predictions: what is beyond is no run of ours
+MAX_CLASSES = 10**6  # of a data set: what is beyond is no run of ours
 
 
 def load(paths: Sequence[Path]) -> RunData:
@@ -99,23 +98,24 @@ def class_credit(run: Run, measurement: Measurement) -> dict[int, tuple[float, f
     if not file.is_file():
         return {}
     try:
-        with ZipFile(file) as archive:
-            if sum(member.file_size for member in archive.infolist()) > MAX_BYTES:
-                raise ValueError("it unpacks to more than any run writes")
-        with np.load(file) as kept:
-            ties, labels, classes = kept["ties"], kept["labels"].astype(np.int64), kept["classes"]
-        if classes.size and not 0 <= classes.min() <= classes.max() < MAX_CLASSES:
-            raise ValueError("a class number is out of range")
-        credit = np.where(ties > 0, 1.0 / np.maximum(ties, 1), 0.0)
-        asked = labels < classes.shape[1]  # any other label stands for a query that does not count
-        counts = asked.sum(axis=1, keepdims=True)
-        weights = asked * (counts.mean() / np.maximum(counts, 1))
-        of_query = np.take_along_axis(classes, np.where(asked, labels, 0), axis=1).ravel()
-        queries = np.bincount(of_query, weights=weights.ravel())
-        sums = np.bincount(of_query, weights=(credit * weights).ravel())
-    except (OSError, ValueError, KeyError, EOFError, IndexError, TypeError, zlib.error, BadZipFile) as error:
-        raise StoreError(f"{file}: damaged ({error}); delete it to go on without intervals by class") from error
+        ties, labels, classes = read_predictions(file, "ties", "labels", "classes")
+        if classes.size and classes.max() >= MAX_CLASSES:
+            raise StoreError(f"{file}: damaged (a class number is out of range)")
+        queries, sums = _by_class(ties, labels, classes)
+    except StoreError as error:
+        raise StoreError(f"{error}; delete it to go on without intervals by class") from error
     return {int(number): (float(queries[number]), float(sums[number])) for number in np.flatnonzero(queries)}
+
+
+def _by_class(ties: Ints, labels: Ints, classes: Ints) -> tuple[np.ndarray, np.ndarray]:
+    """By the number of a class, its queries and the sum of their credit."""
+    credit = np.where(ties > 0, 1.0 / np.maximum(ties, 1), 0.0)
+    asked = labels < classes.shape[1]  # any other label stands for a query that does not count
+    counts = asked.sum(axis=1, keepdims=True)
+    weights = asked * (counts.mean() / np.maximum(counts, 1))
+    of_query = np.take_along_axis(classes, np.where(asked, labels, 0), axis=1).ravel()
+    queries = np.bincount(of_query, weights=weights.ravel())
+    return queries, np.bincount(of_query, weights=(credit * weights).ravel())
 
 
 def _credit(run: Run, measurement: Measurement) -> Iterator[dict[str, Any]]:
