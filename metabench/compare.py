@@ -17,23 +17,24 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
-from zipfile import BadZipFile
+from types import MappingProxyType
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from metabench import stats
 from metabench.cells import KERNEL_MEASURES, in_seconds
+from metabench.disk import Ints, read_predictions
 from metabench.environment import VOLATILE
 from metabench.errors import ConfigError, NothingRan, StoreError
 from metabench.joint import faster, join, method_of
 from metabench.sides import Floats, Result, Scores, Side, load
 from metabench.stats import Source
-from metabench.thresholds import Kind, Margin, Thresholds, kind_of
+from metabench.thresholds import Kind, Margin, Thresholds, check_kinds, kind_of
 from metabench.verdicts import Absent, Findings, Scale, Verdict, of_counts
 
 ALPHA = 0.01  # family-wise, over all rows of a comparison and for each direction
@@ -70,21 +71,29 @@ class Tested:
 
 
 def compare(
-    baseline: Sequence[Path], candidate: Sequence[Path], *, select: str = "", across_machines: bool = False
+    baseline: Sequence[Path],
+    candidate: Sequence[Path],
+    *,
+    select: str = "",
+    kinds: Collection[str] = (),
+    margins: Mapping[str, str] = MappingProxyType({}),
+    across_machines: bool = False,
 ) -> Findings:
     """The candidate's stored results against the baseline's; both are run folders, folders of runs, or results.csv.
 
-    `select`: only rows whose 'cell/measure' holds all of these words. `across_machines` compares times of unlike
-    machines as well: the numbers then speak of the machines as much as of the code.
+    `select`: only rows whose 'cell/measure' holds all of these words; `kinds`: only measures of these kinds, all where
+    none is named. `margins` by kind ("5 points") go before those that the suite declares. `across_machines` compares
+    times of unlike machines as well: the numbers then speak of the machines as much as of the code.
 
     Raises:
         StoreError: no results there, or damaged ones.
-        ConfigError: results of two different suites.
+        ConfigError: results of two different suites; no such kind of measure or margin.
         NothingRan: no row of the baseline is left to compare, or none of it is in the candidate.
     """
-    base, new = load(baseline, select=select), load(candidate, select=select)
-    _check_sides(base, new, select)
-    thresholds = Thresholds.of(new.thresholds)
+    check_kinds(kinds)
+    base, new = (_only(load(side, select=select), kinds) for side in (baseline, candidate))
+    _check_sides(base, new, " ".join([select, *kinds]).strip())
+    thresholds = Thresholds.of(new.thresholds).under(margins)
     tested: list[Tested | Verdict] = []
     for pairs in _paired_rows(base, new):
         cell = _pooled_name([b for b, _ in pairs])
@@ -96,7 +105,7 @@ def compare(
         verdicts=tuple(verdicts),
         joint=tuple(join(verdicts, _changed_by_method(base, new, faster(verdicts)))),
         absent=tuple(_absent(base, new)),
-        notes=tuple(_notes(base, new, tested)),
+        notes=(*_notes(base, new, tested), *_given(margins)),
     )
     if not tested and not found.failed:
         _raise_nothing(base, new)
@@ -155,6 +164,12 @@ def _both(first: str, second: str) -> str:
 # which rows belong together
 
 
+def _only(side: Side, kinds: Collection[str]) -> Side:
+    if not kinds:
+        return side
+    return replace(side, rows={key: row for key, row in side.rows.items() if kind_of(row.measure) in kinds})
+
+
 def _check_sides(base: Side, new: Side, select: str) -> None:
     for side in (base, new):
         if not side.rows:
@@ -207,7 +222,7 @@ def _absent(base: Side, new: Side) -> Iterable[Absent]:
         found = new.rows.get(key)
         if found is None:
             yield Absent(cell=row.cell, measure=row.measure, status="missing", reason="the candidate has no such row")
-        elif found.status != "ok":
+        elif found.status != "ok" and not _untimed(found):
             status = "missing" if found.status == "skipped" else found.status
             yield Absent(cell=row.cell, measure=row.measure, status=status, reason=found.reason)
     for key, row in new.rows.items():
@@ -216,6 +231,16 @@ def _absent(base: Side, new: Side) -> Iterable[Absent]:
                 yield Absent(cell=row.cell, measure=row.measure, status="new", reason="only the candidate has it")
             elif row.status != "skipped" and key not in base.rows:
                 yield Absent(cell=row.cell, measure=row.measure, status=row.status, reason=row.reason)
+
+
+def _given(margins: Mapping[str, str]) -> Iterable[str]:
+    if margins:
+        yield f"margins as asked for here: {', '.join(f'{kind} {margin}' for kind, margin in margins.items())}"
+
+
+def _untimed(row: Result) -> bool:
+    """Whether a row is the time of a training that never was: the weights were loaded, as somebody asked."""
+    return row.measure == "train_time" and row.status == "skipped" and bool(row.text("weights"))
 
 
 def _notes(base: Side, new: Side, tested: Sequence[Tested | Verdict]) -> Iterable[str]:
@@ -228,6 +253,8 @@ def _notes(base: Side, new: Side, tested: Sequence[Tested | Verdict]) -> Iterabl
             f"{family} rows tested: false alarms at most {ALPHA:.0%} over all of them (Holm); intervals at 95 %, "
             f"each for itself; could see: the change found with {POWER:.0%} power"
         )
+    if untimed := sum(_untimed(row) for row in new.rows.values()):
+        yield f"the candidate loaded weights instead of training: {untimed} training times are not compared"
     both = [key for key, row in base.rows.items() if row.status != "ok" and key in new.rows]
     if left := sum(new.rows[key].status != "ok" for key in both):
         yield f"{left} rows have no result on either side"
@@ -363,7 +390,8 @@ def _quality(made: Verdict, pairs: Sequence[tuple[Result, Result]], margin: Marg
     if count == 0:
         return replace(made, outcome="incomparable", reason="no test episode in common")
     if np.array_equal(old, new):
-        same = [_same_predictions(*pair) for pair in pairs]
+        found = [_changed_predictions(*pair, *both) for pair, both in zip(pairs, kept, strict=True)]
+        same = [None if one is None else one.changed == 0 for one in found]
         if False not in same:
             reason = f"identical {'predictions' if all(same) else 'scores'} on {count} episodes"
             return replace(made, outcome="unchanged", reason=reason, change=0.0, low=0.0, high=0.0, detectable=0.0)
@@ -476,50 +504,55 @@ def _same_code(before: Result, after: Result) -> bool:
     return any(bool(before.text(name)) and before.text(name) == after.text(name) for name in ("code", "sources"))
 
 
-def _same_predictions(before: Result, after: Result) -> bool | None:
-    """Whether both sides predicted the same labels; None where they were not kept."""
-    changed = _changed_predictions(before, after)
-    return None if changed is None else changed == 0
+class _Changed(NamedTuple):
+    """Of how many of the episodes that two rows share a prediction changed."""
+
+    changed: int
+    shared: int
 
 
-def _changed_predictions(before: Result, after: Result) -> int | None:
-    """Of how many shared test episodes a prediction changed; None where predictions were not kept."""
+def _changed_predictions(before: Result, after: Result, old: Scores, new: Scores) -> _Changed | None:
+    """How many predictions changed, episode by episode as for the scores; None where predictions were not kept."""
     files = before.predictions(), after.predictions()
     if files[0] is None or files[1] is None:
         return None
-    if files[0].read_bytes() == files[1].read_bytes():
-        return 0
-    old, new = (_predicted(file) for file in files if file is not None)
-    count = min(len(old), len(new))
-    if old.shape[1:] != new.shape[1:]:
-        return count
-    return int((old[:count] != new[:count]).any(axis=(1, 2)).sum())
+    if old.episodes == new.episodes and files[0].read_bytes() == files[1].read_bytes():
+        return _Changed(0, len(old.episodes))
+    answers = [_predicted(file, len(scored.episodes)) for file, scored in zip(files, (old, new), strict=True) if file]
+    places = [{name: place for place, name in enumerate(_numbered(scored.episodes))} for scored in (old, new)]
+    shared = [name for name in places[0] if name in places[1]]
+    if answers[0].shape[1:] != answers[1].shape[1:]:
+        return _Changed(len(shared), len(shared))
+    first, second = (one[[known[name] for name in shared]] for one, known in zip(answers, places, strict=True))
+    return _Changed(int((first != second).any(axis=(1, 2)).sum()), len(shared))
 
 
-def _predicted(file: Path) -> np.ndarray:
+def _predicted(file: Path, episodes: int) -> Ints:
     """(E, queries, 2): each query's predicted label and how many maxima tied with it, in the order of the labels."""
     try:
-        with np.load(file) as kept:
-            if kept["predicted"].ndim != 2:
-                raise ValueError(f"{kept['predicted'].ndim} dimensions")
-            answers = np.stack([kept["predicted"].astype(np.int64), kept["ties"].astype(np.int64)], axis=-1)
-            # files of earlier versions have the order in which the queries came
-            return np.take_along_axis(answers, np.argsort(kept["labels"], axis=1, kind="stable")[..., None], axis=1)
-    except (OSError, ValueError, KeyError, EOFError, IndexError, BadZipFile) as error:
-        raise StoreError(f"{file}: damaged ({error}); delete it to compare by scores alone") from error
+        predicted, ties, labels = read_predictions(file, "predicted", "ties", "labels")
+        if len(predicted) != episodes:
+            raise StoreError(f"{file}: damaged (answers of {len(predicted)} episodes, scores of {episodes})")
+    except StoreError as error:
+        raise StoreError(f"{error}; delete it to compare by scores alone") from error
+    # files of earlier versions have the order in which the queries came
+    order = np.argsort(labels, axis=1, kind="stable")[..., None]
+    return np.take_along_axis(np.stack([predicted, ties], axis=-1), order, axis=1)
 
 
 def _changed_by_method(base: Side, new: Side, methods: Container[str]) -> dict[str, str]:
     """What to say of those methods whose predictions are not what they were."""
-    found: dict[str, list[tuple[int, int]]] = {}
+    found: dict[str, list[_Changed]] = {}
     before, after = _ok(base), _ok(new)
     for key, row in before.items():
         if key in after and method_of(row.cell) in methods and kind_of(row.measure) == "accuracy":
-            count = _changed_predictions(row, after[key])
+            old, scored = row.scores(), after[key].scores()
+            count = _changed_predictions(row, after[key], old, scored) if old and scored else None
             if count is not None:
-                found.setdefault(method_of(row.cell), []).append((count, row.n or 0))
-    return {
-        name: f"mind: its predictions changed in {sum(c for c, _ in counts)} of {sum(n for _, n in counts)} episodes"
-        for name, counts in found.items()
-        if any(count for count, _ in counts)
-    }
+                found.setdefault(method_of(row.cell), []).append(count)
+    return {name: text for name, counts in found.items() if (text := _mind(counts))}
+
+
+def _mind(counts: Sequence[_Changed]) -> str:
+    changed, shared = (sum(part) for part in zip(*counts, strict=True))
+    return f"mind: its predictions changed in {changed} of {shared} episodes" if changed else ""

@@ -8,12 +8,14 @@ is missing, trainings going on from their checkpoints.
 from __future__ import annotations
 
 import collections
+import hashlib
+import re
 import shutil
 import statistics
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -24,9 +26,11 @@ from metabench.cells import KERNEL_MEASURES, unsupported
 from metabench.costs import Costs
 from metabench.errors import ConfigError, Interrupted, NothingRan, WorkerError
 from metabench.plan import Job, Row, is_done, jobs_of, manifest_of, override, rows_of, select_rows
-from metabench.store import FINAL, NOT_HERE, Key, Measurement, Run
+from metabench.store import FINAL, NOT_HERE, Key, Measurement, Run, Status
 from metabench.suite import Suite
 from metabench.workers import Worker
+
+_WEIGHTS = re.compile(r"([0-9a-f]{64})\.safetensors")
 
 
 class Watch(Protocol):
@@ -62,6 +66,96 @@ class Outcome:
         return 3 if self.bad else 0
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Weights in the place of trainings: `files` by cell id, and `lacking`, by cell id the status and reason without.
+
+    `source` is the run that kept them, "" where files were named one by one; what has neither is trained.
+    """
+
+    files: Mapping[str, Path] = field(default_factory=dict)
+    lacking: Mapping[str, tuple[Status, str]] = field(default_factory=dict)
+    source: str = ""
+
+    @classmethod
+    def kept_by(cls, path: Path, suite: Suite, rows: Iterable[Row]) -> Weights:
+        """What a run (its folder, or a folder of runs: the newest) kept of these rows' trainings, every file checked.
+
+        Raises:
+            StoreError: not a run, or a damaged one.
+            ConfigError: it kept nothing of any of them.
+        """
+        kept = Run.open(path) if (path / "manifest.json").is_file() else Run.newest(path.parent, path.name)
+        kept = kept or Run.open(path)  # whose message says what it is not
+        names = _names_of_weights(kept)
+        found: dict[str, Path] = {}
+        lacking: dict[str, tuple[Status, str]] = {}
+        for cell in {row.cell.id: row.cell for row in rows if _trains(row)}.values():
+            name, selection = names.get(cell.id) or names.get(cell.training_id, ("", ""))
+            file = kept.path / "weights" / name
+            if problem := _problem(kept, file, selection, suite):
+                lacking[cell.id] = problem
+            else:
+                found[cell.id] = file
+        if lacking and not found and all(status == "skipped" for status, _ in lacking.values()):
+            raise ConfigError(
+                f"--weights {path}: none of {suite.name} can be loaded: {next(iter(lacking.values()))[1]}; "
+                f"make such a run with: metabench run {suite.name} --keep-weights"
+            )
+        return cls(found, lacking, kept.name)
+
+    def on(self, rows: Iterable[Row]) -> list[Row]:
+        """The rows, their hashes covering the weights of a run: one that was trained is never taken for one of these.
+
+        Files that were named one by one leave the hash alone: a re-run is compared with the claim by it.
+        """
+        return [
+            replace(row, hash=hashlib.sha256(f"{row.hash} {file.name}".encode()).hexdigest()[:12])
+            if self.source and _trains(row) and (file := self.files.get(row.cell.id))
+            else row
+            for row in rows
+        ]
+
+    def refusal(self, row: Row) -> tuple[Status, str] | None:
+        """The status and reason of a row that these weights cannot give, or None."""
+        if not _trains(row):
+            return None
+        if row.measure == "train_time" and row.cell.id in self.files:
+            return "skipped", "nothing was trained: its weights were loaded"
+        return self.lacking.get(row.cell.id)
+
+
+def _trains(row: Row) -> bool:
+    """Whether the row's number needs a training; costs are taken before any."""
+    return row.cell.train is not None and not row.kernel
+
+
+def _names_of_weights(kept: Run) -> dict[str, tuple[str, str]]:
+    """(file's name, how the weights were selected) by cell id, and by training for cells that the run does not have."""
+    names: dict[str, tuple[str, str]] = {}
+    for row in kept.current().values():
+        if row.status == "ok" and row.facts.get("weights"):
+            cell = kept.manifest["cells"][row.cell]
+            names[row.cell] = str(row.facts["weights"]), str(cell.get("selection", ""))
+            names.setdefault(str(cell.get("training", "")), names[row.cell])
+    return names
+
+
+def _problem(kept: Run, file: Path, selection: str, suite: Suite) -> tuple[Status, str] | None:
+    """Why a kept weights file cannot stand for a training of the suite: a row's status and reason; None: it can."""
+    named = _WEIGHTS.fullmatch(file.name)
+    if named is None:
+        return "skipped", f"{kept.name} keeps no weights of its training"
+    if selection != suite.evaluation.selection:
+        wanted = suite.evaluation.selection
+        return "skipped", f"{kept.name} selected its weights by {selection or 'nothing'}, this suite by {wanted}"
+    if file.is_symlink() or not file.is_file():
+        return "skipped", f"{kept.name} names weights that are not there: {file}"
+    with file.open("rb") as data:
+        digest = hashlib.file_digest(data, "sha256").hexdigest()
+    return None if digest == named[1] else ("failed", f"{file} is damaged: its hash is not its name")
+
+
 def run(
     suite: Suite,
     *,
@@ -74,49 +168,57 @@ def run(
     extend: Path | None = None,
     jobs: int = 1,
     keep_weights: bool = False,
-    weights: Mapping[str, Path] = MappingProxyType({}),
+    weights: Path | Mapping[str, Path] = MappingProxyType({}),
 ) -> Outcome:
     """Run what is pending of the suite, in the newest run of it under `out` (or `extend`, or a new one).
 
     `jobs` trainings run side by side, with the cores shared among them; timings always run alone. With `keep_weights`
-    the run's folder keeps every training's weights, and the plug-in algorithms that made them. `weights` are files by
-    cell id, which are loaded in the place of a training.
+    the run's folder keeps every training's weights, and the plug-in algorithms that made them.
+
+    With `weights`, a run that kept them, nothing is trained: they are loaded, and a row whose training it did not keep
+    is skipped with the reason. Such a run stands apart from those that train. `weights` may also be files by cell id.
 
     Raises:
         StoreError: the output folder cannot be written, or is being written by another process.
-        ConfigError: `device` cuda on a machine without it.
+        ConfigError: `device` cuda on a machine without it; `weights` that are of no training of the suite.
         Interrupted: Ctrl-C or SIGTERM; all finished rows and the training's checkpoint are kept.
     """
     asked = override(suite, seeds=seeds, device=device)
-    rows = rows_of(asked)
-    chosen = select_rows(rows, select)
-    if not chosen:
+    rows: Sequence[Row] = rows_of(asked)
+    if not select_rows(rows, select):
         raise NothingRan(f"no row of {suite.name} holds all of {select!r}; see metabench run {suite.name} --plan")
-    folder = _folder(suite, out, resume, extend, watch) or Run.create(out, suite.name, manifest_of(asked, rows, None))
+    loaded = Weights.kept_by(weights, asked, rows) if isinstance(weights, Path) else Weights(weights)
+    rows = loaded.on(rows)
+    chosen = select_rows(rows, select)
+    manifest = manifest_of(asked, rows, None)
+    of_weights = {"weights": loaded.source} if loaded.source else {}
+    folder = _folder(suite, out, resume, extend, loaded, watch)
+    folder = folder or Run.create(out, suite.name, {**manifest, **of_weights})
     with folder.writing():
         done = folder.measurements()
         _tell_stale(chosen, done, watch)
         done = comparable(folder, done, watch)
         partial = seeds is not None or device is not None or extend is not None
-        manifest = manifest_of(asked, rows, folder if partial else None)
+        manifest = manifest_of(asked, rows, folder) if partial else manifest
         _tell_dropped(folder.manifest, manifest, watch)
-        folder.manifest = {**folder.manifest, **manifest}
+        folder.manifest = {**folder.manifest, **manifest, **of_weights}
         folder.save_manifest()
         left = [row for row in chosen if not is_done(row, done)]
+        _tell_lacking(chosen, loaded, watch)
         if keep_weights:
             _keep_plugins(asked, folder)
             _tell_weightless(chosen, done, watch)
         watch.begin(folder, len(chosen), len(chosen) - len(left))
         if left:
-            work = _Execution(asked, folder, watch, insist=device, jobs=jobs, keep=keep_weights, weights=weights)
+            work = _Execution(asked, folder, watch, insist=device, jobs=jobs, keep=keep_weights, weights=loaded)
             work.execute(left)
     finished = folder.measurements()
     bad = [finished[row.key] for row in chosen if finished[row.key].status not in FINAL]
     return Outcome(folder, len(chosen), tuple(bad))
 
 
-def _folder(suite: Suite, out: Path, resume: bool, extend: Path | None, watch: Watch) -> Run | None:
-    """The run to go on with, or None for a new one."""
+def _folder(suite: Suite, out: Path, resume: bool, extend: Path | None, weights: Weights, watch: Watch) -> Run | None:
+    """The run to go on with, or None for a new one: one with loaded weights and one that trains are never the same."""
     if extend is None:
         if not resume:
             return None
@@ -124,11 +226,26 @@ def _folder(suite: Suite, out: Path, resume: bool, extend: Path | None, watch: W
         unread = Run.unreadable(out, suite.name)
         if newest is None and unread:
             watch.note(f"{unread}; a new run is started")
+        if newest is not None and not goes_on(newest, weights):
+            watch.note(f"a new run is started: {newest.name} {_weights_in_words(newest)}")
+            return None
         return newest
     folder = Run.open(extend)
     if folder.manifest["suite"] != suite.name:
         raise ConfigError(f"--extend {extend}: a run of suite {folder.manifest['suite']}, not of {suite.name}")
+    if not goes_on(folder, weights):
+        raise ConfigError(f"--extend {extend}: that run {_weights_in_words(folder)}; the two kinds never mix")
     return folder
+
+
+def goes_on(folder: Run, weights: Weights) -> bool:
+    """Whether rows with these weights may join a run's: only where all of it has them from the same place."""
+    return bool(folder.manifest.get("weights", "") == weights.source)
+
+
+def _weights_in_words(folder: Run) -> str:
+    source = folder.manifest.get("weights")
+    return f"loaded the weights of {source}" if source else "trained weights of its own"
 
 
 def comparable(folder: Run, done: Mapping[Key, Measurement], watch: Watch | None = None) -> dict[Key, Measurement]:
@@ -167,6 +284,13 @@ def _keep_plugins(suite: Suite, folder: Run) -> None:
         shutil.copyfile(plugin.file, target)
 
 
+def _tell_lacking(rows: Iterable[Row], weights: Weights, watch: Watch) -> None:
+    lacking = [row for row in rows if _trains(row) and row.cell.id in weights.lacking]
+    if lacking:
+        names = ", ".join(sorted({row.cell.algorithm for row in lacking}))
+        watch.note(f"{len(lacking)} rows are not measured, and not trained anew: no weights of theirs ({names})")
+
+
 def _tell_weightless(rows: Iterable[Row], done: Mapping[Key, Measurement], watch: Watch) -> None:
     old = [done[row.key] for row in rows if row.cell.train and is_done(row, done) and not row.kernel]
     old = [one for one in old if one.status == "ok" and not one.facts.get("weights")]
@@ -186,7 +310,7 @@ class _Execution:
         insist: str | None,
         jobs: int,
         keep: bool,
-        weights: Mapping[str, Path],
+        weights: Weights,
     ) -> None:
         self.suite, self.folder, self.watch, self.insist, self.lanes = suite, folder, watch, insist, jobs
         self.keep_weights, self.weights = keep, weights
@@ -209,7 +333,7 @@ class _Execution:
             if self.insist == "cuda" and not self.cuda:
                 raise ConfigError("--device cuda: this machine has no CUDA device that torch can use; drop --device")
             rows = [row for row in rows if not self._skip(row, first)]
-            jobs, priced = jobs_of(rows, self.weights), [row for row in rows if row.kernel]
+            jobs, priced = jobs_of(rows, self.weights.files), [row for row in rows if row.kernel]
             costs = Costs(self.suite, self.folder, self)
             self.total = len(jobs) + costs.jobs(priced)
             self._spread(jobs, self.lanes, threads, first)
@@ -300,12 +424,18 @@ class _Execution:
     def _skip(self, row: Row, worker: Worker) -> bool:
         """Store rows that cannot run here or at all, with the reason."""
         reason = unsupported(row.cell, self.suite.catalogue)
-        digest = row.hash
+        status: Status = "skipped"
+        digest, file = row.hash, self.weights.files.get(row.cell.id)
         if reason is None and row.cell.device == "cuda" and not self.cuda:
             reason, digest = "no CUDA device on this machine", NOT_HERE
+        elif reason is None and (refused := self.weights.refusal(row)):
+            status, reason = refused
+            digest = row.hash if file else NOT_HERE  # that run may yet keep them
         if reason is None:
             return False
-        self.store(row, {"status": "skipped", "reason": reason}, worker.environment, digest=digest)
+        facts = {"weights": file.name} if file else {}
+        said = {"status": status, "reason": reason, "facts": facts}
+        self.store(row, said, worker.environment, digest=digest)
         return True
 
     def _do(self, job: Job, number: int, worker: Worker | None, threads: int) -> Worker | None:

@@ -7,13 +7,14 @@ or a half. What is not said stays as in `DEFAULTS`; `overrides` lie over the sui
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from metabench.errors import ConfigError
+from metabench.errors import ConfigError, did_you_mean
 
 Kind = Literal["time", "accuracy", "mse", "memory", "counts"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 DEFAULTS: Mapping[str, str] = {
     "time": "2%",
     "unchanged": "5%",
@@ -57,6 +58,15 @@ class Thresholds:
         except (AttributeError, TypeError) as error:
             raise ConfigError(f"the thresholds cannot be read ({error}); see docs/ci.md") from error
 
+    def under(self, margins: Mapping[str, str]) -> Thresholds:
+        """These thresholds with margins by kind laid over all of them.
+
+        Raises:
+            ConfigError: no such kind, or a margin without its unit.
+        """
+        check_kinds(margins)
+        return Thresholds(self.suite, [*self.overrides, ({}, _flat(margins))]) if margins else self
+
     def margin(self, cell: str, algorithm: str, measure: str) -> Margin:
         """The margin of one row: the measure's own before its kind's, the most special place before the suite."""
         kind = kind_of(measure)
@@ -77,6 +87,13 @@ def kind_of(measure: str) -> Kind:
         return "mse"
     aspect = measure.rpartition("_")[2]
     return "counts" if aspect in _EXACT else "memory" if aspect == "memory" else "time"
+
+
+def check_kinds(names: Iterable[str]) -> None:
+    """Raise ConfigError for a name that is no kind of measure."""
+    for name in names:
+        if name not in KINDS:
+            raise ConfigError(f"{name}: no such kind of measure{did_you_mean(name, KINDS)}")
 
 
 def parse(text: object, kind: str) -> float:

@@ -6,6 +6,7 @@ has a limit, what did not fit is counted.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -298,9 +299,13 @@ def junit(suites: Mapping[str, Sequence[ElementTree.Element]]) -> str:
 
 def write_junit(file: Path, findings: Sequence[Findings]) -> None:
     """Write the JUnit XML. Raises ConfigError where the file cannot be written."""
+    _write(file, as_junit(findings))
+
+
+def _write(file: Path, text: str) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(as_junit(findings), encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{file}: cannot be written ({error.strerror or error})") from error
 
@@ -337,7 +342,7 @@ def publish(findings: Sequence[Findings], verdict: str, *, environ: Mapping[str,
     """Tell the CI system what was found; returns the one annotation line to print, or None outside GitHub Actions.
 
     Appends Markdown to GITHUB_STEP_SUMMARY, as much as its cap leaves room for, and `verdict=` to GITHUB_OUTPUT.
-    `verdict` is one of the outcomes, "failed" or "contaminated".
+    `verdict` is one of the outcomes, "failed", "contaminated" or "missing"; see `publish_error` for "error".
     """
     if summary := environ.get("GITHUB_STEP_SUMMARY"):
         file = Path(summary)
@@ -349,6 +354,28 @@ def publish(findings: Sequence[Findings], verdict: str, *, environ: Mapping[str,
     if output := environ.get("GITHUB_OUTPUT"):
         _append(Path(output), f"verdict={verdict}\n")
     return annotation(findings, verdict) if environ.get("GITHUB_ACTIONS") == "true" else None
+
+
+def publish_error(message: str, junit_file: Path | None, *, environ: Mapping[str, str] = os.environ) -> str | None:
+    """`publish` for a check that ended in an error, so that no workflow reads an empty verdict: it is "error".
+
+    Also writes the JUnit file, with one test case, an error. What cannot be written is left: the error itself is told
+    on standard error anyhow. Returns the annotation line, or None outside GitHub Actions.
+    """
+    if junit_file is not None:
+        with contextlib.suppress(ConfigError):
+            _write(junit_file, junit({"metabench check": [testcase("metabench", "check", "error", message)]}))
+    told = {
+        "GITHUB_STEP_SUMMARY": f"## metabench check\n\n**error**: {_escaped(message)}\n",
+        "GITHUB_OUTPUT": "verdict=error\n",
+    }
+    for name, text in told.items():
+        if file := environ.get(name):
+            with contextlib.suppress(OSError):
+                _append(Path(file), text)
+    return (
+        f"::error title=metabench%3A error::{_workflow(message)}" if environ.get("GITHUB_ACTIONS") == "true" else None
+    )
 
 
 def annotation(findings: Sequence[Findings], verdict: str) -> str | None:

@@ -114,6 +114,67 @@ def test_github_is_told(check, tmp_path):
     assert "**regressed**" in (tmp_path / "GITHUB_STEP_SUMMARY").read_text()
 
 
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("base", "equal", "-k", "nosuch"), 3, "no measured row"),
+        (("base", "suite"), 2, "compare results of one suite"),
+        (("base", "equal", "--fail-on", "inconclusiv"), 2, "did you mean"),
+        (("base", "equal", "--format", "xml"), 2, "no format 'xml'"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, tuple) else "",
+)
+def test_a_check_that_ends_in_an_error_tells_github_and_junit_so(check, tmp_path, words, code, said):
+    files = {name: str(tmp_path / name) for name in ("GITHUB_STEP_SUMMARY", "GITHUB_OUTPUT")}
+    done = check(*words, "--junit", tmp_path / "junit.xml", GITHUB_ACTIONS="true", **files)
+    assert (done.returncode, said in done.stderr) == (code, True)
+    assert (tmp_path / "GITHUB_OUTPUT").read_text() == "verdict=error\n"
+    assert "**error**: " in (tmp_path / "GITHUB_STEP_SUMMARY").read_text()
+    assert [line for line in done.stderr.splitlines() if line.startswith("::error title=metabench%3A error::")]
+    (suite,) = ElementTree.parse(tmp_path / "junit.xml").getroot()
+    assert (suite.get("tests"), suite.get("errors"), said in suite[0][0].get("message")) == ("1", "1", True)
+
+
+def test_a_live_check_that_cannot_start_says_error_too(command, tmp_path):
+    done = command("check", "kernels-smoke", "--base", "no-such-revision", GITHUB_OUTPUT=str(tmp_path / "out"))
+    assert (done.returncode, (tmp_path / "out").read_text()) == (2, "verdict=error\n")
+
+
+def test_where_the_error_is_the_file_itself_the_message_stays_one(check, tmp_path):
+    (tmp_path / "file").touch()
+    nowhere = tmp_path / "file/junit.xml"
+    done = check("base", "equal", "--junit", nowhere, GITHUB_OUTPUT=str(tmp_path / "out"))
+    assert (done.returncode, done.stderr.count("cannot be written")) == (2, 1)
+    assert (tmp_path / "out").read_text() == "verdict=error\n"
+
+
+def test_only_some_kinds_of_measures_and_several_in_one_family(check, runs, command):
+    def measures(done):
+        return {row["measure"] for row in json.loads(done.stdout)["comparisons"][0]["rows"]}
+
+    assert measures(check("base", "worse", "-f", "json", "--only", "counts")) == {"adapt_flops"}
+    assert measures(check("base", "worse", "-f", "json", "--only", "counts, accuracy")) == {"adapt_flops", "accuracy"}
+    assert check("base", "worse", "--only", "mse,time").returncode == 3
+    done = check("base", "worse", "--only", "acuracy")
+    assert (done.returncode, "did you mean 'accuracy'?" in done.stderr) == (2, True)
+    compared = command("compare", runs["base"], runs["worse"], "-f", "json", "--only", "accuracy")
+    assert measures(compared) == {"accuracy"}
+    live = command("check", "kernels-smoke", "--base", "HEAD", "--only", "counts")
+    assert (live.returncode, "--only and --margin are for stored results" in live.stderr) == (2, True)
+
+
+def test_a_margin_in_the_place_of_the_suite_s(check):
+    strict, wide = (("--margin", f"accuracy={size}", "--only", "accuracy") for size in ("0.5 points", "30 points"))
+    assert check("base", "worse", *strict).returncode == 1
+    done = check("base", "worse", *wide, "-f", "json")
+    (found,) = json.loads(done.stdout)["comparisons"]
+    assert (done.returncode, found["verdict"], found["rows"][0]["margin"]) == (0, "unchanged", 0.3)
+    assert "margins as asked for here: accuracy 30 points" in found["notes"]
+    for text, said in (("acuracy=1 point", "did you mean 'accuracy'?"), ("accuracy=1%", "looks like '0.5 points'")):
+        done = check("base", "worse", "--margin", text)
+        assert (done.returncode, said in done.stderr) == (2, True)
+
+
 def test_compare_informs_and_never_fails(runs, command):
     done = command("compare", runs["base"], runs["worse"], runs["equal"], "-f", "json")
     assert done.returncode == 0

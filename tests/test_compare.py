@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import zipfile
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,12 +17,14 @@ from stored_runs import MACHINE, Stored, as_csv
 
 from metabench import compare as comparison
 from metabench.compare import ALPHA, compare
-from metabench.errors import ConfigError, NothingRan
-from metabench.sides import Home, Result
+from metabench.errors import ConfigError, NothingRan, StoreError
+from metabench.sides import Home, Result, Scores
 from metabench.stats import mean_interval
+from metabench.store import Run
 from metabench.thresholds import Margin
 from metabench.verdicts import Verdict
 
+REFERENCE = Path(__file__).parent.parent / "results/reference"
 EPISODES = 400
 RNG = np.random.default_rng(5)
 HARD = np.clip(0.9 + 0.06 * RNG.standard_normal(EPISODES), 0, 1)
@@ -61,7 +66,7 @@ def noisy(scores, drop, seed=0, sd=0.02):
 
 
 def test_a_run_against_itself_is_identical(verdict):
-    run = Stored().quality(HARD, predictions=np.zeros((EPISODES, 3)))
+    run = Stored().quality(HARD, predictions=np.zeros((EPISODES, 3), int))
     same = verdict(run, run)
     assert (same.outcome, same.change, same.low, same.high) == ("unchanged", 0.0, 0.0, 0.0)
     assert "identical predictions on 400" in same.reason
@@ -141,7 +146,7 @@ def test_what_is_never_trained_is_paired_whatever_its_code(verdict):
 
 
 def test_identical_predictions_are_unchanged_even_of_a_single_retrained_pair(verdict):
-    base, other = (Stored().quality(HARD, code=code, predictions=np.ones((EPISODES, 2))) for code in "ab")
+    base, other = (Stored().quality(HARD, code=code, predictions=np.ones((EPISODES, 2), int)) for code in "ab")
     assert verdict(base, other).outcome == "unchanged"
     changed = Stored().quality(HARD, code="b", predictions=np.arange(2 * EPISODES).reshape(EPISODES, 2))
     found = verdict(base, changed)
@@ -580,7 +585,8 @@ def test_the_order_in_which_a_file_keeps_its_queries_is_no_change(tmp_path):
     for file, order in zip(files, ([0, 1, 2], [1, 0, 2]), strict=True):
         np.savez_compressed(file, **{name: part[:, order] for name, part in parts.items()})
     before, after = (SimpleNamespace(predictions=lambda file=file: file) for file in files)
-    assert comparison._changed_predictions(before, after) == 0
+    scores = Scores(episodes=tuple("abcd"), scores=np.ones(4))
+    assert comparison._changed_predictions(before, after, scores, scores) == (0, 4)
 
 
 def test_the_gravest_row_names_the_joint_verdict(against):
@@ -589,6 +595,119 @@ def test_the_gravest_row_names_the_joint_verdict(against):
     (joint,) = against(base, other).joint
     assert joint.outcome == "regressed"
     assert "points lower in 1 of 2 cells (paired)" in joint.text
+
+
+def test_predictions_are_paired_by_the_episode_s_hash_and_not_by_its_place(against):
+    names = [f"h{i}" for i in range(EPISODES)]
+    labels = np.arange(3 * EPISODES).reshape(EPISODES, 3) % 5
+    flat, order = np.full(EPISODES, 0.5), np.random.default_rng(0).permutation(EPISODES)[:300]
+    base = Stored().time(FIVE).quality(flat, predictions=labels, episodes=names)
+
+    def candidate(answers):
+        run = Stored().time([0.5 * s for s in FIVE])
+        shuffled = [names[i] for i in order]
+        return run.quality(flat[order], predictions=answers[order], episodes=shuffled, code="new")
+
+    same = against(base, candidate(labels))
+    row = next(v for v in same.verdicts if v.measure == "accuracy")
+    assert (row.outcome, row.reason) == ("unchanged", "identical predictions on 300 episodes")
+    assert "mind" not in same.joint[0].text
+    changed = labels.copy()
+    changed[order[:7], 1] += 1
+    found = against(base, candidate(changed))
+    assert "mind: its predictions changed in 7 of 300 episodes" in found.joint[0].text
+
+
+def test_equal_files_of_other_episodes_are_no_identical_predictions(against):
+    labels = np.arange(2 * EPISODES).reshape(EPISODES, 2) % 5
+    flat, names = np.full(EPISODES, 0.5), [f"h{i}" for i in range(EPISODES)]
+    base = Stored().quality(flat, predictions=labels, episodes=names)
+    (row,) = against(base, Stored().quality(flat, predictions=labels, episodes=names[::-1], code="new")).verdicts
+    assert (row.outcome, "a single retrained pair" in row.reason) == ("inconclusive", True)
+
+
+def damaged(folder, write):
+    """Two runs with equal scores; what `write` does to the file of the second's predictions."""
+    labels = np.arange(2 * EPISODES).reshape(EPISODES, 2) % 5
+    runs = [Stored().quality(HARD, predictions=labels, code=code).at(folder, code) for code in ("a", "b")]
+    write(runs[1] / "predictions/0.npz")
+    return runs
+
+
+def bomb(file):
+    """Less than a megabyte that unpacks to more than a row may have."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name in ("predicted", "ties", "labels"):
+            with archive.open(f"{name}.npy", "w") as member:
+                shape = (EPISODES, 120_000)
+                np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                for _ in range(EPISODES):
+                    member.write(bytes(120_000))
+
+
+def of_unlike_length(file):
+    short = np.ones((EPISODES - 1, 2), int)
+    np.savez_compressed(file, predicted=short, ties=short, labels=short, classes=short)
+
+
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (bomb, "unpacks to more than"),
+        (of_unlike_length, f"answers of {EPISODES - 1} episodes, scores of {EPISODES}"),
+        (lambda file: file.write_bytes(file.read_bytes()[:300]), "damaged"),
+    ],
+    ids=["bomb", "length", "cut"],
+)
+def test_predictions_that_no_run_writes_are_one_message(tmp_path, write, said):
+    base, other = damaged(tmp_path, write)
+    with pytest.raises(StoreError, match=f"0.npz.*{said}.*delete it to compare by scores alone"):
+        compare([base], [other])
+
+
+# noise in the predictions
+
+
+def noised(run, cell, share, folder):
+    """A copy of one row of a run in which a share of all its answers, right ones, are wrong; its scores follow."""
+    old = Run.open(run)
+    row = old.measurements()[cell, "accuracy"]
+    listed = [one for one in old.manifest["rows"] if (one["cell"], one["measure"]) == row.key]
+    new = Run.create(folder, old.manifest["suite"], {**old.manifest, "rows": listed})
+    new.add_environment(row.environment, old.environments()[row.environment])
+    with np.load(old.path / "predictions" / row.facts["predictions"]) as kept:
+        parts = dict(kept)
+    right = np.argwhere(parts["ties"] == 1)
+    count = round(share * parts["ties"].size)
+    at = tuple(np.random.default_rng(0).choice(right, count, replace=False).T)
+    parts["predicted"][at] = (parts["labels"][at] + 1) % parts["classes"].shape[1]
+    parts["ties"][at] = 0
+    (new.path / "predictions").mkdir()
+    np.savez_compressed(new.path / "predictions" / row.facts["predictions"], **parts)
+    scores = np.where(parts["ties"] > 0, 1 / np.maximum(parts["ties"], 1), 0.0).mean(1)
+    found = mean_interval(scores)
+    numbers = {"value": found.value, "ci_low": found.low, "ci_high": found.high, "sd": found.sd}
+    with new.writing():
+        new.append(replace(row, **numbers), {**old.samples(row), "scores": [float(score) for score in scores]})
+    return new.path
+
+
+def test_one_answer_in_a_hundred_that_turns_wrong_is_found_where_unpaired_intervals_overlap(tmp_path):
+    """On a real run, with the noise in its stored answers: scores follow from them, as `verify` would have it."""
+    run = next(iter(sorted(REFERENCE.glob("omniglot-fair/2*"))))
+    known = Run.open(run).current().values()
+    row = next(m for m in known if m.measure == "accuracy" and (m.n or 0) >= 600 and 0.5 < (m.value or 0) < 0.93)
+    same, worse = (noised(run, row.cell, share, tmp_path / str(share)) for share in (0.0, 0.01))
+    before, after = (Run.open(one).measurements()[row.key] for one in (same, worse))
+    assert before.value == pytest.approx(row.value), "the scores are those of the stored answers"
+    assert after.value == pytest.approx(before.value - 0.01, abs=1e-4)
+    assert after.ci_high > before.ci_low, "the test is about intervals that overlap"
+    (found,) = compare([run], [worse], select=row.cell, kinds=["accuracy"]).verdicts
+    assert (found.outcome, found.margin) == ("regressed", 0.005)
+    assert found.change == pytest.approx(-0.01, abs=1e-4)
+    assert f"adapt gate: same weights, {row.n} paired episodes" in found.reason
+    (found,) = compare([run], [same], select=row.cell, kinds=["accuracy"]).verdicts
+    assert found.outcome == "unchanged"
 
 
 @settings(max_examples=40, deadline=None)

@@ -16,7 +16,12 @@ from metabench.cli import app
 from metabench.suite import load_suite, shipped_suites
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [file for file in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if file.is_file()]
+RESULTS = sorted((ROOT / "results" / "reference").glob("*/README.md"))
+DOCUMENTS = [file for file in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *RESULTS) if file.is_file()]
+
+
+def _named(file):
+    return str(file.relative_to(ROOT))
 
 
 def commands(command=None, name=()):
@@ -55,7 +60,7 @@ def _called(text):
                 yield found[1].split()
 
 
-@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", DOCUMENTS, ids=_named)
 def test_commands_flags_and_suites_in_the_documents_exist(file):
     for called in _called(file.read_text(encoding="utf-8")):
         words = tuple(word for word in called if not word.startswith("-"))
@@ -69,10 +74,17 @@ def test_commands_flags_and_suites_in_the_documents_exist(file):
             assert not flag.startswith("-") or flag in flags, f"{file.name}: {' '.join(called)}: no {flag}"
 
 
-@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", DOCUMENTS, ids=_named)
 def test_links_inside_the_repository_lead_somewhere(file):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", file.read_text(encoding="utf-8")):
         assert "://" in target or target.startswith("mailto:") or (file.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=_named)
+def test_patterns_in_commands_match_run_folders_and_nothing_else(file):
+    for pattern in re.findall(r"results/reference/[^\s`'\"]*\*[^\s`'\"]*", file.read_text(encoding="utf-8")):
+        found = [path for path in ROOT.glob(pattern.rstrip("/")) if path.is_dir() or not pattern.endswith("/")]
+        assert found and all((folder / "manifest.json").is_file() for folder in found), (pattern, found)
 
 
 def test_every_shipped_suite_says_what_it_is_for():

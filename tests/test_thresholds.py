@@ -137,3 +137,10 @@ def test_mistakes_are_told_with_their_line(tmp_path, text, message):
         load_suite(suite(tmp_path, text))
     assert message in str(error.value)
     assert "mine.yaml:3: " in str(error.value)
+
+
+def test_margins_that_are_asked_for_lie_over_everything_declared():
+    declared = {"accuracy": "1 point", "measures": {"accuracy": "2 points"}, "overrides": [{"accuracy": "3 points"}]}
+    found = Thresholds.of(declared).under({"accuracy": "4 points"})
+    assert found.margin("c", "a", "accuracy").margin == 0.04
+    assert Thresholds.of(declared).under({}).margin("c", "a", "accuracy").margin == 0.03

@@ -36,12 +36,23 @@ def run(
     extend: Annotated[Path | None, typer.Option(help="Go on with this run folder.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Trainings side by side, the cores shared; timings run alone.")] = 1,
     keep_weights: Annotated[
-        bool, typer.Option("--keep-weights", help="Keep what every training learned, for `leaderboard rerun`.")
+        bool,
+        typer.Option("--keep-weights", help="Keep what every training learned, for --weights and `leaderboard rerun`."),
     ] = False,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="Train nothing: load the weights that this run kept (--keep-weights), with the code as it is."
+        ),
+    ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print what would be measured, and stop.")] = False,
     data_root: DataRoot = None,
 ) -> None:
-    """Run suites: what is measured already is kept, what is missing is measured, then the tables are printed."""
+    """Run suites: what is measured already is kept, what is missing is measured, then the tables are printed.
+
+    With --weights RUN, a run of its own: the test episodes are scored with the weights that RUN kept, for
+    `metabench check`, which then judges each episode (the adapt gate). What RUN kept no weights of is skipped.
+    """
     from metabench.store import Run
     from metabench.suite import load_suite
 
@@ -51,13 +62,16 @@ def run(
     where = device_of(device)
     if extend and (len(chosen) > 1 or not resume):
         raise ConfigError("--extend goes on with one run: name one suite, and drop --no-resume")
+    if weights and (len(chosen) > 1 or keep_weights):
+        raise ConfigError("--weights loads what one run has kept: name one suite, and drop --keep-weights")
     code = 0
     for suite in chosen:
         if plan:
             known = Run.open(extend) if extend else Run.newest(out, suite.name) if resume else None
-            _print_plan(suite, select, where, numbers, known)
+            _print_plan(suite, select, where, numbers, known, weights)
             continue
-        code = max(code, _run(suite, out, select, where, numbers, resume, extend, jobs, keep_weights).exit_code)
+        done = _run(suite, out, select, where, numbers, resume, extend, jobs, keep_weights, weights)
+        code = max(code, done.exit_code)
     sys.exit(code)
 
 
@@ -71,6 +85,7 @@ def _run(
     extend: Path | None,
     jobs: int,
     keep_weights: bool,
+    weights: Path | None,
 ) -> Outcome:
     from metabench import runner
     from metabench.progress import Show
@@ -89,6 +104,7 @@ def _run(
                 extend=extend,
                 jobs=jobs,
                 keep_weights=keep_weights,
+                weights=weights or {},
             )
     except KeyboardInterrupt:  # before there was anything to stop
         raise Interrupted("interrupted; the same command goes on from here") from None
@@ -141,16 +157,26 @@ def print_tables(data: RunData, reference: str | None = None) -> None:
     table.show(tables(data, reference), kernel_report(data, reference), console())
 
 
-def _print_plan(suite: Suite, select: str, device: str | None, seeds: Sequence[int] | None, newest: Run | None) -> None:
+def _print_plan(
+    suite: Suite,
+    select: str,
+    device: str | None,
+    seeds: Sequence[int] | None,
+    newest: Run | None,
+    weights: Path | None,
+) -> None:
     from metabench import plan, runner
 
-    rows = plan.select_rows(plan.rows_of(plan.override(suite, seeds=seeds, device=device)), select)
-    done = runner.comparable(newest, newest.measurements()) if newest else {}
-    lines = [f"{'done' if plan.is_done(row, done) else 'to do':5}  {row.cell.id}  {row.measure}\n" for row in rows]
-    print_text("".join(lines))
-    trainings = {row.cell.training_id for row in rows if row.cell.train}
-    left = sum(not plan.is_done(row, done) for row in rows)
-    typer.echo(f"{suite.name}: {len(rows)} rows, {left} to do, {len(trainings)} trainings", err=True)
+    asked = plan.override(suite, seeds=seeds, device=device)
+    rows: Sequence[plan.Row] = plan.rows_of(asked)
+    loaded = runner.Weights.kept_by(weights, asked, rows) if weights else runner.Weights()
+    rows = plan.select_rows(loaded.on(rows), select)
+    goes_on = newest is not None and runner.goes_on(newest, loaded)
+    done = runner.comparable(newest, newest.measurements()) if newest and goes_on else {}
+    states = ["done" if plan.is_done(row, done) else "skip" if loaded.refusal(row) else "to do" for row in rows]
+    print_text("".join(f"{state:5}  {row.cell.id}  {row.measure}\n" for state, row in zip(states, rows, strict=True)))
+    trainings = {row.cell.training_id for row in rows if row.cell.train and not weights}
+    typer.echo(f"{suite.name}: {len(rows)} rows, {states.count('to do')} to do, {len(trainings)} trainings", err=True)
 
 
 def report(

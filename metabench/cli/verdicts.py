@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -15,6 +16,14 @@ from metabench.errors import ConfigError
 if TYPE_CHECKING:
     from metabench.verdicts import Findings
 
+Only = Annotated[
+    str, typer.Option(help="Only such measures: accuracy, mse, time, memory, counts; several with commas.")
+]
+Margins = Annotated[
+    list[str] | None,
+    typer.Option("--margin", metavar="KIND=SIZE", help="In the suite's place, e.g. 'accuracy=1 point'; repeatable."),
+]
+
 
 def compare(
     base: Annotated[Path, typer.Argument(metavar="BASE", help="A run's folder, a folder of runs, or a results.csv.")],
@@ -23,6 +32,8 @@ def compare(
     ],
     format: Annotated[str, typer.Option("--format", "-f", help="table, md, csv or json.")] = "table",
     select: Select = "",
+    only: Only = "",
+    margin: Margins = None,
     across_machines: Annotated[
         bool,
         typer.Option("--across-machines", help="Compare times of unlike machines too: they then speak of both."),
@@ -35,7 +46,11 @@ def compare(
     """
     from metabench import compare as comparison
 
-    found = [comparison.compare([base], [one], select=select, across_machines=across_machines) for one in candidates]
+    kinds, margins = _words(only), _margins(margin)
+    found = [
+        comparison.compare([base], [one], select=select, kinds=kinds, margins=margins, across_machines=across_machines)
+        for one in candidates
+    ]
     print_findings(found, format)
 
 
@@ -59,6 +74,8 @@ def check(
     candidate: Annotated[list[Path] | None, typer.Option(help="The stored results to judge; repeatable.")] = None,
     format: Annotated[str, typer.Option("--format", "-f", help="table, md, csv or json.")] = "table",
     select: Select = "",
+    only: Only = "",
+    margin: Margins = None,
     fail_on: Annotated[
         str, typer.Option(help="Fail also on these: inconclusive, incomparable, missing; several with commas.")
     ] = "",
@@ -71,25 +88,43 @@ def check(
     `check SUITE --base-python PATH`. Stored results, for accuracy too: `check --baseline RUN --candidate RUN`.
 
     Exit codes: 0 no regression, 1 a row regressed, 2 usage or configuration, 3 a row failed or nothing could be
-    compared, 4 contaminated, or what --fail-on names. Writes GITHUB_STEP_SUMMARY, GITHUB_OUTPUT (`verdict=`) and one
-    annotation.
+    compared, 4 contaminated, or what --fail-on names. Writes GITHUB_STEP_SUMMARY, GITHUB_OUTPUT (`verdict=`, "error"
+    where it ends without one) and one annotation.
     """
     from metabench import verdict_report
 
-    asked = _fail_on(fail_on)
-    verdict_report.check_format(format)
-    live, stored = (suite, base, base_python), (baseline, candidate)
-    if any(live) == any(stored) or not (suite if any(live) else all(stored)):
-        raise ConfigError("check either SUITE with --base or --base-python, or --baseline RUN with --candidate RUN")
-    if suite is not None:
-        use_data_root(data_root)
-        found = [_check_live(suite, base, base_python, select, measure_identical)]
-    else:
-        from metabench import compare as comparison
+    with _errors_told(junit):
+        asked, kinds, margins = _fail_on(fail_on), _words(only), _margins(margin)
+        verdict_report.check_format(format)
+        live, stored = (suite, base, base_python), (baseline, candidate)
+        if any(live) == any(stored) or not (suite if any(live) else all(stored)):
+            raise ConfigError("check either SUITE with --base or --base-python, or --baseline RUN with --candidate RUN")
+        if suite is not None and (kinds or margins):
+            raise ConfigError(
+                "--only and --margin are for stored results; a live check has -k, and the suite's margins"
+            )
+        if suite is not None:
+            use_data_root(data_root)
+            found = [_check_live(suite, base, base_python, select, measure_identical)]
+        else:
+            from metabench import compare as comparison
 
-        found = [comparison.compare(baseline or [], candidate or [], select=select)]
-    print_findings(found, format)
-    _conclude(found, asked, junit)
+            found = [comparison.compare(baseline or [], candidate or [], select=select, kinds=kinds, margins=margins)]
+        print_findings(found, format)
+        _conclude(found, asked, junit)
+
+
+@contextlib.contextmanager
+def _errors_told(junit: Path | None) -> Iterator[None]:
+    """Tell CI of an error before it ends the command: a workflow must not read an empty verdict."""
+    from metabench import verdict_report
+
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if line := verdict_report.publish_error(str(error) or type(error).__name__, junit):
+            typer.echo(line, err=True)
+        raise
 
 
 def _check_live(
@@ -180,11 +215,21 @@ def _fail_on(text: str) -> list[str]:
     from metabench.errors import did_you_mean
     from metabench.verdicts import ASKED
 
-    asked = [word.strip() for word in text.split(",") if word.strip()]
+    asked = _words(text)
     for word in asked:
         if word not in ASKED:
             raise ConfigError(f"--fail-on {word}: no such verdict{did_you_mean(word, ASKED)}; regressions always fail")
     return asked
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _margins(given: Sequence[str] | None) -> dict[str, str]:
+    """'accuracy=1 point' as a margin by kind; `compare` knows which there are."""
+    parts = (text.partition("=") for text in given or ())
+    return {kind.strip(): size.strip() for kind, _, size in parts}
 
 
 def _conclude(found: Sequence[Findings], fail_on: Sequence[str], junit: Path | None) -> NoReturn:
