@@ -8,14 +8,12 @@ is missing, trainings going on from their checkpoints.
 from __future__ import annotations
 
 import collections
-import hashlib
-import re
 import shutil
 import statistics
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -25,12 +23,11 @@ from metabench import environment
 from metabench.cells import KERNEL_MEASURES, unsupported
 from metabench.costs import Costs
 from metabench.errors import ConfigError, Interrupted, NothingRan, WorkerError
+from metabench.keptweights import Weights, trains
 from metabench.plan import Job, Row, is_done, jobs_of, manifest_of, override, rows_of, select_rows
 from metabench.store import FINAL, NOT_HERE, Key, Measurement, Run, Status
 from metabench.suite import Suite
 from metabench.workers import Worker
-
-_WEIGHTS = re.compile(r"([0-9a-f]{64})\.safetensors")
 
 
 class Watch(Protocol):
@@ -64,96 +61,6 @@ class Outcome:
     def exit_code(self) -> int:
         """0 good, 3 a cell failed."""
         return 3 if self.bad else 0
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Weights in the place of trainings: `files` by cell id, and `lacking`, by cell id the status and reason without.
-
-    `source` is the run that kept them, "" where files were named one by one; what has neither is trained.
-    """
-
-    files: Mapping[str, Path] = field(default_factory=dict)
-    lacking: Mapping[str, tuple[Status, str]] = field(default_factory=dict)
-    source: str = ""
-
-    @classmethod
-    def kept_by(cls, path: Path, suite: Suite, rows: Iterable[Row]) -> Weights:
-        """What a run (its folder, or a folder of runs: the newest) kept of these rows' trainings, every file checked.
-
-        Raises:
-            StoreError: not a run, or a damaged one.
-            ConfigError: it kept nothing of any of them.
-        """
-        kept = Run.open(path) if (path / "manifest.json").is_file() else Run.newest(path.parent, path.name)
-        kept = kept or Run.open(path)  # whose message says what it is not
-        names = _names_of_weights(kept)
-        found: dict[str, Path] = {}
-        lacking: dict[str, tuple[Status, str]] = {}
-        for cell in {row.cell.id: row.cell for row in rows if _trains(row)}.values():
-            name, selection = names.get(cell.id) or names.get(cell.training_id, ("", ""))
-            file = kept.path / "weights" / name
-            if problem := _problem(kept, file, selection, suite):
-                lacking[cell.id] = problem
-            else:
-                found[cell.id] = file
-        if lacking and not found and all(status == "skipped" for status, _ in lacking.values()):
-            raise ConfigError(
-                f"--weights {path}: none of {suite.name} can be loaded: {next(iter(lacking.values()))[1]}; "
-                f"make such a run with: metabench run {suite.name} --keep-weights"
-            )
-        return cls(found, lacking, kept.name)
-
-    def on(self, rows: Iterable[Row]) -> list[Row]:
-        """The rows, their hashes covering the weights of a run: one that was trained is never taken for one of these.
-
-        Files that were named one by one leave the hash alone: a re-run is compared with the claim by it.
-        """
-        return [
-            replace(row, hash=hashlib.sha256(f"{row.hash} {file.name}".encode()).hexdigest()[:12])
-            if self.source and _trains(row) and (file := self.files.get(row.cell.id))
-            else row
-            for row in rows
-        ]
-
-    def refusal(self, row: Row) -> tuple[Status, str] | None:
-        """The status and reason of a row that these weights cannot give, or None."""
-        if not _trains(row):
-            return None
-        if row.measure == "train_time" and row.cell.id in self.files:
-            return "skipped", "nothing was trained: its weights were loaded"
-        return self.lacking.get(row.cell.id)
-
-
-def _trains(row: Row) -> bool:
-    """Whether the row's number needs a training; costs are taken before any."""
-    return row.cell.train is not None and not row.kernel
-
-
-def _names_of_weights(kept: Run) -> dict[str, tuple[str, str]]:
-    """(file's name, how the weights were selected) by cell id, and by training for cells that the run does not have."""
-    names: dict[str, tuple[str, str]] = {}
-    for row in kept.current().values():
-        if row.status == "ok" and row.facts.get("weights"):
-            cell = kept.manifest["cells"][row.cell]
-            names[row.cell] = str(row.facts["weights"]), str(cell.get("selection", ""))
-            names.setdefault(str(cell.get("training", "")), names[row.cell])
-    return names
-
-
-def _problem(kept: Run, file: Path, selection: str, suite: Suite) -> tuple[Status, str] | None:
-    """Why a kept weights file cannot stand for a training of the suite: a row's status and reason; None: it can."""
-    named = _WEIGHTS.fullmatch(file.name)
-    if named is None:
-        return "skipped", f"{kept.name} keeps no weights of its training"
-    if selection != suite.evaluation.selection:
-        wanted = suite.evaluation.selection
-        return "skipped", f"{kept.name} selected its weights by {selection or 'nothing'}, this suite by {wanted}"
-    if file.is_symlink() or not file.is_file():
-        return "skipped", f"{kept.name} names weights that are not there: {file}"
-    with file.open("rb") as data:
-        digest = hashlib.file_digest(data, "sha256").hexdigest()
-    return None if digest == named[1] else ("failed", f"{file} is damaged: its hash is not its name")
 
 
 def run(
@@ -285,7 +192,7 @@ def _keep_plugins(suite: Suite, folder: Run) -> None:
 
 
 def _tell_lacking(rows: Iterable[Row], weights: Weights, watch: Watch) -> None:
-    lacking = [row for row in rows if _trains(row) and row.cell.id in weights.lacking]
+    lacking = [row for row in rows if trains(row) and row.cell.id in weights.lacking]
     if lacking:
         names = ", ".join(sorted({row.cell.algorithm for row in lacking}))
         watch.note(f"{len(lacking)} rows are not measured, and not trained anew: no weights of theirs ({names})")

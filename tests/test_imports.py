@@ -114,7 +114,8 @@ ALLOWED: dict[str, set[str]] = {
         "thresholds",
         "trials",
     },
-    "runner": {"costs", "plan", "store", "environment", "stats", "workers", *SUITES},
+    "keptweights": {"plan", "store", "suite"},
+    "runner": {"costs", "keptweights", "plan", "store", "environment", "stats", "workers", *SUITES},
     "weights": {"disk", "measure", "training"},
     "worker": {"bench", "catalogue", "environment", "measure", "scoring", "weights"},
     "probe": {"environment", "roofs", "timing"},
@@ -127,6 +128,7 @@ ALLOWED: dict[str, set[str]] = {
         "cli",
         "doctor",
         "gate",
+        "keptweights",
         "leaderboard",
         "listing",
         "plan",
@@ -141,9 +143,9 @@ ALLOWED: dict[str, set[str]] = {
 }
 PLAIN = (
     "suite", "cells", "suitefile", "catalogue", "store", "environment", "stats", "roofline", "verdicts", "doctor",
-    "plan", "workers", "costs", "runner", "report", "cli", "thresholds", "joint", "sides", "compare", "verdict_report",
-    "export", "leaderboard", "signedranks", "judging", "revisions", "pairs", "gate", "selftest", "trials",
-    "spreadsheet", "disk", "document",
+    "plan", "workers", "costs", "keptweights", "runner", "report", "cli", "thresholds", "joint", "sides", "compare",
+    "verdict_report", "export", "leaderboard", "signedranks", "judging", "revisions", "pairs", "gate", "selftest",
+    "trials", "spreadsheet", "disk", "document",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

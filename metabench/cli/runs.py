@@ -166,10 +166,11 @@ def _print_plan(
     weights: Path | None,
 ) -> None:
     from metabench import plan, runner
+    from metabench.keptweights import Weights
 
     asked = plan.override(suite, seeds=seeds, device=device)
     rows: Sequence[plan.Row] = plan.rows_of(asked)
-    loaded = runner.Weights.kept_by(weights, asked, rows) if weights else runner.Weights()
+    loaded = Weights.kept_by(weights, asked, rows) if weights else Weights()
     rows = plan.select_rows(loaded.on(rows), select)
     goes_on = newest is not None and runner.goes_on(newest, loaded)
     done = runner.comparable(newest, newest.measurements()) if newest and goes_on else {}
