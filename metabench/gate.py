@@ -10,7 +10,6 @@ import contextlib
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +39,7 @@ from metabench.pairs import (
 )
 from metabench.plan import Row
 from metabench.revisions import Repository
+from metabench.scratch import scratch
 from metabench.signedranks import centre
 from metabench.stats import Interval
 from metabench.suite import Suite
@@ -95,9 +95,9 @@ def check(
         Interrupted: Ctrl-C or SIGTERM; worktree and workers are gone.
     """
     rows = plan.select_rows(plan.rows_of(suite), select)
-    with tempfile.TemporaryDirectory(prefix="metabench-gate-") as folder, _versions(suite, base, base_python) as both:
+    with scratch() as folder, _versions(suite, base, base_python) as both:
         try:
-            return Check(suite, rows, both, Path(folder), watch).run(measure_identical=measure_identical)
+            return Check(suite, rows, both, folder, watch).run(measure_identical=measure_identical)
         except KeyboardInterrupt:
             raise Interrupted("interrupted; nothing is left behind") from None
 
@@ -459,8 +459,8 @@ def _versions(suite: Suite, base: str | None, base_python: Path | None) -> Itera
         with _revisions(suite, base) as versions:
             yield versions
     elif base_python is not None:
-        with tempfile.TemporaryDirectory(prefix="metabench-link-") as folder:
-            yield _interpreters(suite, base_python, Path(folder))
+        with scratch() as folder:
+            yield _interpreters(suite, base_python, folder)
 
 
 @contextlib.contextmanager

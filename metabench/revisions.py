@@ -1,13 +1,13 @@
 """Git, as far as the gate needs it: where the repository is, which revision is meant, and a temporary copy of it.
 
-The user's working tree is never touched. A temporary worktree is removed on success, failure, Ctrl-C and SIGTERM; one
-that a kill -9 has left behind is recognised by its lock, which dies with its owner, and removed at the next start.
+The user's working tree is never touched. A temporary worktree is removed on success, failure, Ctrl-C, SIGTERM and
+SIGHUP; one that a kill -9 has left behind is recognised by its lock, which dies with its owner, and removed at the next
+start.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import signal
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from metabench.errors import ConfigError
+from metabench.scratch import held, hold, scratch
 
 PREFIX = "metabench-base-"
 _BOUND = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR")
@@ -63,8 +64,8 @@ class Repository:
     def changed(self, commit: str) -> set[str]:
         """The files (relative to the root) whose content in the working tree is not that of `commit`, new ones too."""
         where = self.root / _git(self.root, "rev-parse", "--git-path", "index").stdout.removesuffix("\n")
-        with tempfile.TemporaryDirectory(prefix="metabench-index-") as folder:
-            copy = Path(folder) / "index"  # diff refreshes the index whatever it is told: not the user's
+        with scratch() as folder:
+            copy = folder / "index"  # diff refreshes the index whatever it is told: not the user's
             if where.is_file():
                 shutil.copy2(where, copy)
             found = _git(self.root, "diff", "--name-only", "-z", commit, index=copy).stdout
@@ -85,8 +86,7 @@ class Repository:
         """
         self._remove_stale()
         holder = Path(tempfile.mkdtemp(prefix=PREFIX)).resolve()
-        lock = os.open(holder / "lock", os.O_CREAT | os.O_RDWR)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock = hold(holder)
         tree = holder / "tree"
         try:
             # no hooks of the user's: they would run in, and for, a tree that is none of theirs
@@ -107,27 +107,16 @@ class Repository:
         """Remove the worktrees of this repository whose check was killed."""
         for line in _git(self.root, "worktree", "list", "--porcelain").stdout.splitlines():
             holder = Path(line.removeprefix("worktree ")).parent
-            if line.startswith("worktree ") and holder.name.startswith(PREFIX) and not _alive(holder / "lock"):
+            if line.startswith("worktree ") and holder.name.startswith(PREFIX) and not held(holder):
                 self._remove(holder)
-
-
-def _alive(lock: Path) -> bool:
-    """Whether the process that made a temporary worktree still holds its lock."""
-    try:
-        with lock.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
 
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """No Ctrl-C and no SIGTERM while something is put in order (in the main thread; others never get them)."""
+    """No Ctrl-C, SIGTERM or SIGHUP while something is put in order (in the main thread; others never get them)."""
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     try:
-        before = {one: signal.signal(one, signal.SIG_IGN) for one in (signal.SIGINT, signal.SIGTERM)}
+        before = {one: signal.signal(one, signal.SIG_IGN) for one in ending}
     except ValueError:
         before = {}
     try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from metabench.gate import SEED, UNTOUCHED, Watch, impossible, margins_of, setti
 from metabench.judging import Family, Judgement, confirmed, confirming, moved, pairs_needed
 from metabench.pairs import SIDES, Item, Name, Pairs, Side, Which
 from metabench.plan import Row
+from metabench.scratch import scratch
 from metabench.signedranks import centre, spread
 from metabench.stats import proportion_interval
 from metabench.suite import Gating, Suite
@@ -126,8 +126,8 @@ def selftest(
         items += [Item(Name(*row.key, share), both, setting_of(row, suite)) for share in shares]
     sides = (Side(which, f"{which} (the same code)", suite.plugins, variables=UNTOUCHED) for which in SIDES)
     base, candidate = sides
-    with tempfile.TemporaryDirectory(prefix="metabench-gate-") as folder:
-        pairs = Pairs(base, candidate, items, Path(folder), seconds=suite.gate.seconds, seed=SEED)
+    with scratch() as folder:
+        pairs = Pairs(base, candidate, items, folder, seconds=suite.gate.seconds, seed=SEED)
         pairs.taken = sum(trial.pairs for trial in done)  # no pair is laid out as an earlier one
         try:
             watch.pair("rehearsal", 0, 0, len(items))

@@ -466,7 +466,8 @@ def test_training_learns_what_is_easy(case: Case) -> None:
     algorithm.eval()
     with torch.no_grad():
         algorithm.prepare(tasks(case.problem, "train"))
-        episode = episodes(case, 30)
+        # what learns late is near the bound yet: the score of a few tasks would decide by luck
+        episode = episodes(case, 200 if width else 30)
         reached = score(case, answer(algorithm, episode), episode.query).mean()
     assert case.problem == "regression" or reached > 0.75
 

@@ -65,7 +65,8 @@ ALLOWED: dict[str, set[str]] = {
     },  # runner and what it needs: for rerun alone
     "signedranks": {"stats"},
     "judging": {"signedranks", "stats", "suite", "thresholds", "verdicts"},
-    "revisions": NOBODY,
+    "scratch": NOBODY,
+    "revisions": {"scratch"},
     # the torch half
     "timing": NOBODY,
     "counts": NOBODY,
@@ -94,6 +95,7 @@ ALLOWED: dict[str, set[str]] = {
         "pairs",
         "plan",
         "revisions",
+        "scratch",
         "signedranks",
         "stats",
         "thresholds",
@@ -108,6 +110,7 @@ ALLOWED: dict[str, set[str]] = {
         "judging",
         "pairs",
         "plan",
+        "scratch",
         "signedranks",
         "stats",
         "suite",
@@ -144,8 +147,8 @@ ALLOWED: dict[str, set[str]] = {
 PLAIN = (
     "suite", "cells", "suitefile", "catalogue", "store", "environment", "stats", "roofline", "verdicts", "doctor",
     "plan", "workers", "costs", "keptweights", "runner", "report", "cli", "thresholds", "joint", "sides", "compare",
-    "verdict_report", "export", "leaderboard", "signedranks", "judging", "revisions", "pairs", "gate", "selftest",
-    "trials", "spreadsheet", "disk", "document",
+    "verdict_report", "export", "leaderboard", "signedranks", "judging", "scratch", "revisions", "pairs", "gate",
+    "selftest", "trials", "spreadsheet", "disk", "document",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
