@@ -45,11 +45,10 @@ class Weights:
         lacking: dict[str, tuple[Status, str]] = {}
         for cell in {row.cell.id: row.cell for row in rows if trains(row)}.values():
             name, selection = names.get(cell.id) or names.get(cell.training_id, ("", ""))
-            file = kept.path / "weights" / name
-            if problem := _problem(kept, file, selection, suite):
+            if problem := _problem(kept, name, selection, suite):
                 lacking[cell.id] = problem
             else:
-                found[cell.id] = file
+                found[cell.id] = kept.path / "weights" / name
         if lacking and not found and all(status == "skipped" for status, _ in lacking.values()):
             raise ConfigError(
                 f"--weights {path}: none of {suite.name} can be loaded: {next(iter(lacking.values()))[1]}; "
@@ -94,9 +93,14 @@ def _names_of_weights(kept: Run) -> dict[str, tuple[str, str]]:
     return names
 
 
-def _problem(kept: Run, file: Path, selection: str, suite: Suite) -> tuple[Status, str] | None:
-    """Why a kept weights file cannot stand for a training of the suite: a row's status and reason; None: it can."""
-    named = _NAME.fullmatch(file.name)
+def _problem(kept: Run, name: str, selection: str, suite: Suite) -> tuple[Status, str] | None:
+    """Why weights of that name cannot stand for a training of the suite: a row's status and reason; None: they can.
+
+    The name is what a file of rows says, whoever wrote it: with a path in it, it could lead anywhere.
+    """
+    named, file = _NAME.fullmatch(name), kept.path / "weights" / name
+    if named is None and name:
+        return "failed", f"{kept.name} names weights {name[:100]!r}, which is no name that a run gives them"
     if named is None:
         return "skipped", f"{kept.name} keeps no weights of its training"
     if selection != suite.evaluation.selection:

@@ -18,6 +18,7 @@ from scipy import special
 
 Floats = npt.NDArray[np.float64]
 Scores = npt.ArrayLike
+_ROUNDING = 1e-9  # of a sum of weights
 
 
 @dataclass(frozen=True)
@@ -288,7 +289,7 @@ def proportion_interval(hits: int, trials: int, *, level: float = 0.95) -> tuple
     Raises:
         ValueError: no trials, or hits outside 0..trials.
     """
-    from scipy import stats as distributions  # a second to import, and wanted here and by `iqm_interval` alone
+    from scipy import stats as distributions  # a second to import, and wanted here alone
 
     if not 0 <= hits <= trials or trials < 1:
         raise ValueError(f"{hits} hits in {trials} trials")
@@ -300,7 +301,10 @@ def iqm_interval(scores: Sequence[Scores], *, level: float = 0.95, draws: int = 
     """The interquartile mean of the scores of several data sets, each an array (runs,), with its bootstrap interval.
 
     The mean of the middle half of all scores (Agarwal et al. 2021, "Deep reinforcement learning at the edge of the
-    statistical precipice"). Stratified percentile bootstrap: the runs of each data set are drawn again, so the interval
+    statistical precipice"), each data set weighing the same, whatever its number of runs: a score weighs 1 / runs, and
+    whole scores are cut from both ends as long as they weigh a quarter of all or less.
+
+    Stratified percentile bootstrap: the runs of each data set are drawn again, so the interval
     speaks of other trainings on these data sets, not of other data sets. The draws of a few runs scatter too little:
     their percentiles are moved away from the estimate by sqrt(n / (n - 1)), n the runs of the smallest data set, and by
     Student's quantile over the normal one (degrees of freedom: half of all runs - 1, since the estimate rests on the
@@ -309,14 +313,13 @@ def iqm_interval(scores: Sequence[Scores], *, level: float = 0.95, draws: int = 
 
     Raises ValueError where a data set has no score.
     """
-    from scipy import stats as distributions
-
     strata = [_finite(one, ndim=1) for one in scores]
     pooled = np.concatenate(strata)
+    weights = np.concatenate([np.full(len(x), 1 / len(x) / len(strata)) for x in strata])
     generator = np.random.Generator(np.random.Philox(seed))
     drawn = np.concatenate([x[generator.integers(0, len(x), (draws, len(x)))] for x in strata], axis=1)
-    means = distributions.trim_mean(drawn, 0.25, axis=1)
-    value, least = float(distributions.trim_mean(pooled, 0.25)), min(map(len, strata))
+    means = _middle_half(drawn, weights)
+    value, least = float(_middle_half(pooled[None], weights)[0]), min(map(len, strata))
     sd = _sd(pooled) if len(pooled) > 1 else None
     if least == 1:
         return Interval(value, None, None, len(pooled), sd)
@@ -325,6 +328,19 @@ def iqm_interval(scores: Sequence[Scores], *, level: float = 0.95, draws: int = 
         np.quantile(means, [(1 - level) / 2, (1 + level) / 2]) - value
     )
     return Interval(value, float(low), float(high), len(pooled), sd)
+
+
+def _middle_half(rows: Floats, weights: Floats) -> Floats:
+    """The mean of the middle half of each of `rows` (R, n), its columns of `weights` (n,) that sum to 1.
+
+    With equal weights it is the trimmed mean that cuts floor(n / 4) scores from each end.
+    """
+    order = np.argsort(rows, axis=1, kind="stable")
+    x, w = np.take_along_axis(rows, order, axis=1), weights[order]
+    until = w.cumsum(axis=1)
+    kept = w * ((until > 0.25 + _ROUNDING) & (1 - until + w > 0.25 + _ROUNDING))
+    found: Floats = (kept * x).sum(axis=1) / kept.sum(axis=1)
+    return found
 
 
 def rank_agreement(

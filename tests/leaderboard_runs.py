@@ -53,8 +53,38 @@ def stated(cell):
     trained = {"selection": "last" if known["train_spec"] else ""}
     keep = {k: v for k, v in known.items() if k not in ("trained", "data", "call")}
     inside = known["trained"].partition("[")[2].rstrip("]").split(",")
-    params = dict(item.split("=") for item in inside if "=" in item and not item.startswith("train="))
+    params = {name: value_of(text) for name, text in (i.split("=") for i in inside if "=" in i) if name != "train"}
     return {**keep, **trained, "params": json.dumps(params, sort_keys=True)}
+
+
+def value_of(text):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def rewritten(path: Path, file: str, change) -> Path:
+    """Put every line of a run's file, or its manifest, through `change`; None leaves a line out."""
+    target = path / file
+    text = target.read_text(encoding="utf-8")
+    if file == "manifest.json":
+        target.write_text(json.dumps(change(json.loads(text))))
+        return path
+    changed = [change(json.loads(line)) for line in text.splitlines()]
+    target.write_text("".join(json.dumps(one) + "\n" for one in changed if one is not None))
+    return path
+
+
+def unplanned(path: Path, *cells: str) -> Path:
+    """Take these cells out of a run's plan: what was measured of them stays in its lines."""
+    return rewritten(path, "manifest.json", lambda m: {**m, "rows": [r for r in m["rows"] if r["cell"] not in cells]})
+
+
+def submitted(path: Path, name: str) -> Path:
+    """Say that somebody handed the run in."""
+    (path / "submission.json").write_text(json.dumps({"submitter": name}))
+    return path
 
 
 def _append(run, one, ids, place, at):

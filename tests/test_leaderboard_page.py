@@ -67,8 +67,10 @@ def names(page):
 def test_it_sorts_by_a_column_both_ways_with_missing_values_last(page):
     assert names(page) == ["protonet", "maml", "chance", "reptile"]
     head = page.locator(".standings thead th", has_text="accuracy")
-    head.locator("button").click()
-    assert head.get_attribute("aria-sort") == "descending"
+    assert head.get_attribute("aria-sort") == "descending", "so do the rows come"
+    for wanted in ("ascending", "descending"):
+        head.locator("button").click()
+        assert head.get_attribute("aria-sort") == wanted
     assert names(page) == ["protonet", "maml", "chance", "reptile"]
     head.locator("button").focus()
     page.keyboard.press("Enter")
@@ -108,8 +110,11 @@ def test_a_row_opens_its_protocol_and_closes_by_keyboard(page):
     assert not card.is_visible()
     page.locator(".standings .name").first.click()
     assert card.is_visible() and "episodes hash" in card.inner_text()
+    focused = "name => document.activeElement.className === name"
+    page.wait_for_function(focused, arg="close")  # a reader without eyes is in it
     page.keyboard.press("Escape")
     assert not card.is_visible()
+    page.wait_for_function(focused, arg="name")  # and back where it was opened
 
 
 def test_it_fits_a_phone_and_follows_the_dark_scheme(browser, site):
@@ -118,6 +123,34 @@ def test_it_fits_a_phone_and_follows_the_dark_scheme(browser, site):
     opened.goto(site.as_uri())
     assert opened.evaluate("document.documentElement.scrollWidth") <= 360
     assert opened.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(16, 20, 25)"
+    context.close()
+
+
+def test_text_of_pictures_is_as_large_on_a_phone_as_it_was_laid_out_for(browser, site):
+    context = browser.new_context(viewport={"width": 360, "height": 740})
+    opened = context.new_page()
+    opened.goto(site.as_uri())
+    for name in (".plot", ".histogram svg"):
+        scale = "s => s.getBoundingClientRect().width / s.viewBox.baseVal.width"
+        assert opened.locator(name).first.evaluate(scale) == pytest.approx(1), name
+    assert opened.evaluate("document.documentElement.scrollWidth") <= 360, "they scroll in their own boxes"
+    context.close()
+
+
+def test_pairs_of_too_few_and_of_unshared_seeds_say_so(browser, tmp_path):
+    rng = np.random.default_rng(1)
+    rows = [row("protonet", s, x) for s, x in enumerate(trials(rng, 0.9))]
+    rows += [row("maml", 7 + s, x) for s, x in enumerate(trials(rng, 0.7))]
+    rows += [row("anil", s, x) for s, x in enumerate(trials(rng, 0.6, seeds=2))]
+    context = browser.new_context()
+    opened = context.new_page()
+    opened.goto(leaderboard([run_of(tmp_path, rows)], tmp_path / "site").page.as_uri())
+    outcome = opened.locator(".outcome")
+    assert "over the seeds of each and 40 episodes. Told apart" in outcome.inner_text()
+    opened.get_by_label("second").select_option(index=2)
+    assert "over 2 shared seeds and 40 episodes. Too few seeds to test." in outcome.inner_text()
+    opened.get_by_label("first").select_option(index=1)
+    assert "there is no difference to tell" in outcome.inner_text() and "told apart" not in outcome.inner_text().lower()
     context.close()
 
 

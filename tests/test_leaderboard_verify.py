@@ -11,7 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 from conftest import metabench
-from leaderboard_runs import edited, row, run_of, trials
+from leaderboard_runs import cell_of, edited, rewritten, row, run_of, trials
 
 from metabench.disk import MAX_UNPACKED
 from metabench.errors import ConfigError, MetabenchError, NothingRan, StoreError
@@ -313,6 +313,82 @@ def test_rows_of_verified_runs_say_so(tmp_path, run):
     assert {one.trust for board in checked.boards for one in board.standings} == {"recomputed"}
 
 
+def test_a_row_under_the_hash_of_a_skipped_one_is_neither_shown_nor_recomputed(tmp_path, run):
+    """No check looks at such a row, and none may be taken for checked."""
+    first, second = (cell_of("maml", seed, task="5w1s3q") for seed in (0, 1))
+    perfect = {"value": 1.0, "sd": 0.0, "ci_low": 1.0, "ci_high": 1.0, "hash": "not-here"}
+
+    def forged(m):
+        facts = {"episodes_hash": m["facts"]["episodes_hash"]}
+        return {**m, **perfect, "facts": facts} if m["cell"] == first else m
+
+    rewritten(run, "measurements.jsonl", forged)
+    (run / "results.csv").unlink()
+    (board,) = leaderboard([run], tmp_path / "site", check=True).boards
+    maml = next(one for one in board.standings if one.algorithm == "maml")
+    assert maml.seeds == (1, 2) and maml.rank is None
+    published = (tmp_path / "site/runs" / run.name / "results.csv").read_text()
+    assert first not in published and second in published
+
+
+def test_problems_of_what_is_withdrawn_stop_no_board(tmp_path, run):
+    rewritten(run, "measurements.jsonl", lambda m: {**m, "value": 0.99} if m["cell"].startswith("maml") else m)
+    with pytest.raises(StoreError, match=r"maml.*value is stated as"):
+        leaderboard([run], tmp_path / "site", check=True)
+    board = tmp_path / "board.yaml"
+    board.write_text(f"withdrawals: [{{run: {run.name}, algorithm: maml, reason: a bug}}]")
+    (kept,) = leaderboard([run], tmp_path / "site", check=True, board=board).boards
+    assert {one.algorithm: one.trust for one in kept.standings} == {"protonet": "recomputed"}
+
+
+def test_a_run_in_which_everything_failed_stops_no_board(tmp_path, run):
+    empty = run_of(tmp_path, [row("anil", 0, [], status="failed", task="5w1s3q")])
+    (board,) = leaderboard([run, empty], tmp_path / "site", check=True).boards
+    assert {one.algorithm: one.status for one in board.standings} == {"protonet": "ok", "maml": "ok", "anil": "failed"}
+
+
+def stating(**changed):
+    """A change of a manifest: what it states of maml's first cell."""
+
+    def change(manifest):
+        cell = cell_of("maml", 0, task="5w1s3q", more="inner_lr=0.1")
+        cells = {**manifest["cells"], cell: {**manifest["cells"][cell], **changed}}
+        return {**manifest, "cells": cells}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"params": "{}"}, "params has inner_lr as 'None', its id as '0.1'"),
+        ({"params": '{"inner_lr": 0.2}'}, "params has inner_lr as '0.2', its id as '0.1'"),
+        ({"params": '{"inner_lr": 0.1, "norm": "batch"}'}, "params has norm as 'batch', its id as 'running'"),
+        ({"params": "["}, "params is no JSON mapping"),
+        ({"selection": "val"}, "selection is 'val', the run's evaluation says 'last'"),
+        ({"selection": ""}, "selection is '', the run's evaluation says 'last'"),
+        ({"params": ""}, None),  # of a run that states none
+        ({"params": '{"inner_lr": 0.1, "norm": "running", "inner_steps": 5}'}, None),
+    ],
+)
+def test_what_the_manifest_states_beside_an_id_is_held_against_it(tmp_path, changed, said):
+    table = trials(np.random.default_rng(0), 0.7)
+    path = run_of(tmp_path, [row("maml", s, x, task="5w1s3q", more="inner_lr=0.1") for s, x in enumerate(table)])
+    assert problems(path) == []
+    rewritten(path, "manifest.json", stating(**changed))
+    found = problems(path)
+    assert [said in text and "manifest.json: cell maml" in text for text in found] == ([True] if said else [])
+
+
+def test_ids_that_state_the_same_parameters_are_not_one_method(tmp_path):
+    table = trials(np.random.default_rng(0), 0.7)
+    path = run_of(tmp_path, [row("maml", s, x, more="inner_lr=0.1" if s else "") for s, x in enumerate(table)])
+    same = {"params": '{"inner_lr": 0.1}'}
+    rewritten(path, "manifest.json", lambda m: {**m, "cells": {k: {**v, **same} for k, v in m["cells"].items()}})
+    (board,) = leaderboard([path], tmp_path / "site").boards
+    assert sorted(one.seeds for one in board.standings) == [(0,), (1, 2)]
+
+
 def test_rows_whose_episodes_could_not_be_made_anew_stay_claimed(tmp_path):
     table = trials(np.random.default_rng(0), 0.7)
     path = run_of(tmp_path, [row("maml", s, x, data="mine[only]") for s, x in enumerate(table)])
@@ -370,6 +446,12 @@ def test_nothing_that_does_not_add_up_is_packed(tmp_path, run):
     edited(run, "measurements.jsonl", '"value": 0.', '"value": 0.9')
     with pytest.raises(StoreError, match="value is stated"):
         pack(run, tmp_path, submitter="Ada")
+
+
+def test_a_folder_whose_name_no_bundle_can_have_is_named(tmp_path, run):
+    moved = run.rename(run.with_name("my run (copy)"))
+    with pytest.raises(StoreError, match=r"letters, digits and \. _ - alone: rename 'my run \(copy\)'"):
+        pack(moved, tmp_path, submitter="Ada")
 
 
 def test_a_bundle_names_who_hands_it_in(tmp_path, run):

@@ -139,6 +139,27 @@ def test_what_is_honest_becomes_rerun(again, bundle, work):
     assert "re-run</span>" in (work / "site-b/index.html").read_text()
 
 
+def test_other_code_than_the_claim_s_is_said_on_the_card(again, bundle, work, tmp_path):
+    folder = Path(shutil.copytree(again[0].folder, tmp_path / "records"))
+    text = json.loads((folder / rerunfile.NAME).read_text())
+    text["rows"] = [{**row, "same_code": not row["cell"].startswith("protonet")} for row in text["rows"]]
+    (folder / rerunfile.NAME).write_text(json.dumps(text))
+    (board,) = leaderboard([bundle], tmp_path / "site", reruns=[folder]).boards
+    cards = {one.label: dict(one.card)["re-run"] for one in board.standings}
+    said = {name for name, card in cards.items() if "; by other code or torch than the claim's" in card}
+    assert said == {"protonet"}
+
+
+def test_a_run_that_loaded_its_weights_is_not_run_again(honest, tmp_path):
+    run = Path(shutil.copytree(honest, tmp_path / "loaded"))
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps({**manifest, "weights": "the-run-that-trained"}))
+    with pytest.raises(
+        ConfigError, match=r"those of the-run-that-trained, loaded .* name the-run-that-trained instead"
+    ):
+        rerun(run, out=tmp_path / "again", watch=Silent(), trust_code=True)
+
+
 def test_every_rerun_draws_other_episodes(again, honest):
     found, _ = again
     made, claimed = Run.open(found.folder), Run.open(honest)

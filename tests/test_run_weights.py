@@ -232,6 +232,21 @@ def test_damaged_weights_and_weights_of_another_network_are_failed_rows(project)
     assert (gone.returncode, "names weights that are not there" in gone.stderr) == (2, True)
 
 
+def test_weights_that_a_run_names_by_a_path_are_not_read(project):
+    """Facts of others lead nowhere outside of their run, though the file there is what its name says."""
+    name = facts(project.run)["weights"]
+    file = project.run / "weights" / name
+    (project.folder / "elsewhere").mkdir()
+    file.rename(project.folder / "elsewhere" / name)
+    lines = project.run / "measurements.jsonl"
+    text = lines.read_text()
+    for path in (f"{project.folder}/elsewhere/{name}", f"../../../../elsewhere/{name}"):
+        assert (project.run / "weights" / path).is_file()
+        lines.write_text(text.replace(name, path))
+        done = project.again()
+        assert (done.returncode, "is no name that a run gives them" in done.stderr) == (3, True), done.stderr
+
+
 def test_weights_that_were_selected_otherwise_are_not_taken(project):
     suite = project.folder / "gate.yaml"
     suite.write_text(suite.read_text().replace("episodes: 60", "episodes: 60, selection: val"))

@@ -63,7 +63,7 @@ def build(
     built = leaderboard(runs, out, board=board, check=check, reruns=reruns or (), link=link)
     print_text("".join(f"{line}\n" for line in (*built.lines, f"page: {built.page}")))
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-        _summarize(Path(summary), built.markdown, built.lines)
+        _summarize(Path(summary), built.markdown, built.lines[: len(built.boards)])
 
 
 def _summarize(file: Path, markdown: str, lines: Sequence[str]) -> None:

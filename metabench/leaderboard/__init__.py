@@ -8,8 +8,9 @@ is never imported here.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from metabench.errors import ConfigError, NothingRan, StoreError
@@ -17,24 +18,26 @@ from metabench.leaderboard import bundle, files, rawrows, rerunfile, site
 from metabench.leaderboard.audit import Audit, Problem, audit, results_of
 from metabench.leaderboard.boardfile import BoardEntry, read_board
 from metabench.leaderboard.boards import Board, boards
-from metabench.leaderboard.collect import Fingerprint, Source, Training, collect, plain, source_of
+from metabench.leaderboard.collect import Collected, Fingerprint, Source, Training, collect, loaded, plain, source_of
 from metabench.leaderboard.summary import Summary, summaries
+from metabench.store import Run
 
 __all__ = ["Audit", "Board", "Built", "Summary", "leaderboard", "pack", "verify"]
 
 
 @dataclass(frozen=True)
 class Built:
-    """What was made: the page, the files beside it, and the boards in it."""
+    """What was made: the page, the files beside it, the boards in it, and what is to be said of the runs."""
 
     page: Path
     markdown: str
     boards: tuple[Board, ...]
+    remarks: tuple[str, ...] = ()
 
     @property
     def lines(self) -> list[str]:
-        """One line for each board."""
-        return [f"{board.title}: {' '.join(files.sentences(board)[:1])}" for board in self.boards]
+        """One line for each board, and the remarks."""
+        return [*(f"{board.title}: {' '.join(files.sentences(board)[:1])}" for board in self.boards), *self.remarks]
 
 
 def leaderboard(
@@ -57,64 +60,82 @@ def leaderboard(
     Raises:
         StoreError: a run is damaged, states what its raw scores do not give, is handed in twice (whole, or a training
             as another seed), does not verify, or did not hold when it was run again.
-        ConfigError: the board file is wrong; a bundle where `link` asks for folders.
+        ConfigError: the board file is wrong, or withdraws or shows what no run has; a bundle where `link` asks for
+            folders.
         NothingRan: no run has a row of quality on a protocol of the board.
     """
     if link and (packed := [path for path in runs if path.is_file()]):
         raise ConfigError(f"{packed[0]}: a bundle has no folder to link to; leave --link out, or unpack it")
     entry = read_board(board) if board else BoardEntry()
+    before = rawrows.noted(out)
     records = [record for folder in reruns for record in rerunfile.read(folder)]
     with contextlib.ExitStack() as stack:
         sources = [source_of(stack.enter_context(bundle.reading(path))) for path in runs]
         for one in sources:
             if (one.run.path / rerunfile.NAME).exists():
                 raise StoreError(f"{one.run.path}: a re-run is no submission: name its folder with --reruns")
-        unknown = [w.run for w in entry.withdrawals if w.run not in {source.run.name for source in sources}]
-        if unknown:
-            raise ConfigError(f"{board}: withdrawals: no run is called {unknown[0]!r}; name the run's folder")
-        kept = [one for one in sources if not any(w.takes(one, None) for w in entry.withdrawals)]
+        if board:
+            entry.check_withdrawals(board, sources)
+        gone = [one for one in sources if entry.withdrawn(one, None)]
+        kept = [one for one in sources if one not in gone]
         if check:
-            kept = [_verified(one) for one in kept]
-        found = collect(kept, lambda one, name: any(w.takes(one, name) for w in entry.withdrawals))
+            kept = [_verified(one, withdrawn=partial(entry.withdrawn, one)) for one in kept]
+        found = collect(kept, entry.withdrawn, besides=gone)
         found = rerunfile.apply(found, records)
-        made = [one for one in boards(found, min_seeds=entry.min_seeds) if entry.shows(one.protocol)]
-        made = [replace(one, number=number) for number, one in enumerate(made, 1)]
-        if not any(one.quality for each in made for one in each.standings):
-            raise NothingRan(
-                "no run has a result of accuracy or mse on a protocol of this board; "
-                "look at `metabench report RUN` and at the board file's protocols"
-            )
-        across = summaries(made, entry.sources)
+        made = _shown(found, entry, board)
         places = rawrows.links(kept, out) if link else rawrows.copies(kept)
-        markdown = files.leaderboard_md(entry.title, made, across)
+        absent = {w.run for w in entry.withdrawals} - {one.run.name for one in sources}
+        across = summaries(made, entry.sources)
+        markdown = files.leaderboard_md(entry.title, made, across, found.remarks)
         page = site.page(
             title=entry.title,
             description=entry.description,
             boards=made,
             summaries=across,
             runs=[(one, places[id(one)]) for one in kept],
-            withdrawals=[(w.run, w.algorithm or "all rows", w.reason) for w in entry.withdrawals],
+            withdrawals=[
+                (f"{w.run} (not among these runs)" if w.run in absent else w.run, w.algorithm or "all rows", w.reason)
+                for w in entry.withdrawals
+            ],
             environments=found.environments,
+            remarks=found.remarks,
         )
-        bundle.write(out / "leaderboard.csv", files.leaderboard_csv(made).encode())
-        bundle.write(out / "leaderboard.md", markdown.encode())
-        bundle.write(out / "badge.svg", files.badge_svg(made).encode())
-        rawrows.publish([] if link else kept, out, places)
-        bundle.write(out / "index.html", page.encode("utf-8", "backslashreplace"))
-    return Built(out / "index.html", markdown, tuple(made))
+        bundle.write(out / "leaderboard.csv", files.leaderboard_csv(made))
+        bundle.write(out / "leaderboard.md", markdown)
+        bundle.write(out / "badge.svg", files.badge_svg(made))
+        rawrows.publish([] if link else kept, out, places, before)
+        bundle.write(out / "index.html", page)
+    told = [f"withdrawn, and not among these runs: {plain(name)}" for name in sorted(absent)]
+    return Built(out / "index.html", markdown, tuple(made), (*found.remarks, *told))
+
+
+def _shown(found: Collected, entry: BoardEntry, file: Path | None) -> list[Board]:
+    """The boards that the board file asks for. Raises ConfigError if it asks in vain, NothingRan without a result."""
+    made = boards(found, min_seeds=entry.min_seeds)
+    if file and made:
+        entry.check_protocols(file, [one.protocol for one in made])
+    shown = [replace(one, number=n) for n, one in enumerate((b for b in made if entry.shows(b.protocol)), 1)]
+    if not any(one.quality for each in shown for one in each.standings):
+        said = (
+            "no run has a result of accuracy or mse on a protocol of this board; "
+            "look at `metabench report RUN` and at the board file's protocols"
+        )
+        raise NothingRan("\n".join((said, *found.remarks)))
+    return shown
 
 
 def verify(runs: Sequence[Path], *, episodes: bool = True) -> list[Audit]:
     """Recompute every figure of these runs (folders or bundles); with `episodes` also the test episodes, from the data.
 
-    Raises StoreError for what cannot be read as a run at all; what does not add up is in the audits.
+    Raises StoreError for what cannot be read as a run at all, NothingRan for one without a finished row; what does not
+    add up is in the audits.
     """
     audits: list[Audit] = []
     seen: dict[tuple[object, ...], Path] = {}
     trainings: dict[Fingerprint, Training] = {}
     for path in runs:
         with bundle.reading(path) as run:
-            found = audit(run, episodes=episodes)
+            found = _audited(run, episodes=episodes)
             others = {seen.setdefault(key, path) for key in results_of(run)} - {path}
         twice = [Problem(str(path), f"holds results of {other} again: a result counts once") for other in others]
         again = []
@@ -131,15 +152,34 @@ def pack(run: Path, out: Path, *, submitter: str, weights: bool = False) -> Path
 
     With `weights` it carries what was trained, and plug-in algorithms, so that the board can run it again.
 
-    Raises StoreError where it does not add up, or where `weights` finds none.
+    Raises:
+        StoreError: it does not add up, or `weights` finds none.
+        ConfigError: it loaded the weights of another run, which is the one to hand in; no submitter.
+        NothingRan: it has no finished row.
     """
     with bundle.reading(run) as opened:
-        _verified(source_of(opened), episodes=False)
+        if said := loaded(source_of(opened).run):
+            raise ConfigError(f"{run}: {said}")
+        _raise(_audited(opened, episodes=False))
         return bundle.pack(opened, out, submitter, weights=weights)
 
 
-def _verified(source: Source, *, episodes: bool = True) -> Source:
-    found = audit(source.run, episodes=episodes)
+def _audited(run: Run, *, episodes: bool) -> Audit:
+    """The audit of a run that is looked at by itself. Raises NothingRan where it has no finished row."""
+    found = audit(run, episodes=episodes)
+    if not found.rows:
+        raise NothingRan(f"{run.path}: no finished row; there is nothing to verify")
+    return found
+
+
+def _verified(source: Source, *, withdrawn: Callable[[str | None], bool]) -> Source:
+    """A run of a board with what verifying it showed; rows that were withdrawn stop nothing. Raises StoreError."""
+    found = audit(source.run, withdrawn=withdrawn)
+    _raise(found)
+    return replace(source, recomputed=found.recomputed, doubts=found.doubts)
+
+
+def _raise(found: Audit) -> None:
+    """Raise StoreError with every problem, if there is one."""
     if found.problems:
         raise StoreError("\n".join(f"{one.where}: {one.what}" for one in found.problems))
-    return replace(source, doubts=found.doubts)

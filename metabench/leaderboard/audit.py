@@ -9,7 +9,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,21 @@ import numpy as np
 
 from metabench import environment
 from metabench.disk import Ints, read_predictions
-from metabench.errors import NothingRan, StoreError
+from metabench.errors import StoreError
 from metabench.leaderboard.collect import (
     Fingerprint,
     Training,
     agree,
+    algorithm_of,
     check_manifest,
     check_scores,
     coordinates,
+    counted,
     fingerprint,
+    finite,
     is_control,
+    lines,
+    loaded,
     measured,
     plain,
     quality,
@@ -41,6 +46,7 @@ from metabench.store import Key, Measurement, Run
 
 EPISODES_SECONDS = 600.0  # for making the episodes of one run anew
 CREDIT = 1e-12
+_Table = dict[tuple[str, str], tuple[int, dict[str, str]]]  # by cell and measure, a line's number and its columns
 
 
 @dataclass(frozen=True)
@@ -55,15 +61,18 @@ class Problem:
 class Audit:
     """What was checked of a run, how much of it, what could not be checked here and why, and what is wrong.
 
-    `doubts` are the results of quality whose scores could not be made anew, each with the reason: these stay claimed,
-    though nothing about them is wrong. `trainings` say by a hash of the scores which seed of which cell they are, for
-    who looks for the same scores under another seed.
+    `rows` counts finished rows. `recomputed` are the results of quality that were made anew, answers and episodes and
+    all; `doubts` those that could not be, each with the reason: these stay claimed, though nothing about them is wrong.
+    `trainings` say by a hash of the scores which seed of which cell they are, for who looks for the same scores under
+    another seed.
     """
 
     run: str
+    rows: int
     checked: tuple[tuple[str, int], ...]
     unchecked: tuple[str, ...]
     problems: tuple[Problem, ...]
+    recomputed: frozenset[Key] = field(default=frozenset(), repr=False)
     doubts: Mapping[Key, str] = field(default_factory=dict, repr=False)
     trainings: Mapping[Fingerprint, Training] = field(default_factory=dict, repr=False)
 
@@ -75,6 +84,7 @@ class _Findings:
     unchecked: dict[str, None] = field(default_factory=dict)
     problems: dict[Problem, None] = field(default_factory=dict)
     answered: dict[Key, str] = field(default_factory=dict)  # by row, a hash of the classes that its predictions name
+    remade: set[Key] = field(default_factory=set)  # results whose test episodes came out again
     doubts: dict[Key, str] = field(default_factory=dict)
     trainings: dict[Fingerprint, Training] = field(default_factory=dict)
 
@@ -96,25 +106,28 @@ class _Findings:
         self.wrong(where, what if colon else str(error))
 
 
-def audit(run: Run, *, episodes: bool = True) -> Audit:
-    """Recompute what the run states. Raises StoreError where it cannot be read, NothingRan where it has no result."""
+def audit(run: Run, *, episodes: bool = True, withdrawn: Callable[[str], bool] = lambda algorithm: False) -> Audit:
+    """Recompute what the run states, but for the rows of algorithms that are withdrawn.
+
+    Raises StoreError where it cannot be read. No finished row is no problem: `rows` is 0 then.
+    """
     check_manifest(run)
     found = _Findings(run)
-    _whole_lines(found)
     stored = measured(run)
-    rows = [(row, stored.get((row["cell"], row["measure"]))) for row in run.manifest["rows"]]
-    good = [one for row, one in rows if one and one.status == "ok" and one.hash == row["hash"]]
-    lost = _lost(run, stored)
+    finished = [one for one in counted(run, stored).values() if one.status == "ok"]
+    good = [one for one in finished if not withdrawn(algorithm_of(one.cell))]
+    lost = [key for key in _lost(run, stored) if not withdrawn(algorithm_of(key[0]))]
     for key in lost:
         found.wrong(f"{run.path / 'measurements.jsonl'}: {key[0]} {key[1]}", "its raw samples are not in samples.jsonl")
-    if not good and not lost:
-        raise NothingRan(f"{run.path}: no finished row; there is nothing to verify")
+    _whole_lines(found, needed=bool(good or lost))
+    if said := loaded(run):
+        found.unchecked[said] = None
     scores: dict[Key, Floats] = {}
     for one in good:
         _figure(found, one, scores)
     _repeated(found, scores)
     _environments(found, good)
-    _derived(found)
+    _derived(found, withdrawn)
     scored = [one for one in good if (one.cell, one.measure) in scores]
     if episodes:
         _episodes(found, scored)
@@ -123,12 +136,14 @@ def audit(run: Run, *, episodes: bool = True) -> Audit:
         for one in scored:
             found.doubt(one, "its test episodes were not made anew (--no-episodes)")
     return Audit(
-        str(run.path),
-        tuple(found.counts.items()),
-        tuple(found.unchecked),
-        tuple(found.problems),
-        found.doubts,
-        found.trainings,
+        run=str(run.path),
+        rows=len(good) + len(lost),
+        checked=tuple(found.counts.items()),
+        unchecked=tuple(found.unchecked),
+        problems=tuple(found.problems),
+        recomputed=frozenset(found.remade - found.doubts.keys()),
+        doubts=found.doubts,
+        trainings=found.trainings,
     )
 
 
@@ -137,16 +152,17 @@ def results_of(run: Run) -> set[tuple[object, ...]]:
     return {
         (one.cell, one.measure, one.at, one.value)
         for one in run.current().values()
-        if one.status == "ok" and quality(one.measure) and not is_control(one.cell.partition("[")[0].partition("/")[0])
+        if one.status == "ok" and quality(one.measure) and not is_control(algorithm_of(one.cell))
     }
 
 
-def _whole_lines(found: _Findings) -> None:
-    """A run under way may end in half a line; one that is handed in may not."""
+def _whole_lines(found: _Findings, *, needed: bool) -> None:
+    """A run under way may end in half a line; one that is handed in may not. `needed`: rows point into these files."""
     for name in ("measurements.jsonl", "samples.jsonl"):
         file = regular(found.run, name)
         if file is None:
-            found.wrong(str(found.run.path / name), "is missing")
+            if needed:
+                found.wrong(str(found.run.path / name), "is missing")
             continue
         with file.open("rb") as handle:
             size = handle.seek(0, 2)
@@ -157,11 +173,7 @@ def _whole_lines(found: _Findings) -> None:
 
 def _lost(run: Run, stored: Mapping[Key, Measurement]) -> list[Key]:
     """Rows of the plan that have a line, but whose pointer leads to no raw samples: reading passes them over."""
-    file = run.path / "measurements.jsonl"
-    named: dict[Key, str] = {}
-    for line in file.read_bytes().split(b"\n")[:-1] if file.is_file() else []:
-        record = json.loads(line)
-        named[str(record.get("cell")), str(record.get("measure"))] = str(record.get("status"))
+    named = {(str(one.get("cell")), str(one.get("measure"))): str(one.get("status")) for one in lines(run)}
     planned = {(row["cell"], row["measure"]) for row in run.manifest["rows"]}
     return [key for key, status in named.items() if status == "ok" and key in planned and key not in stored]
 
@@ -172,6 +184,7 @@ def _figure(found: _Findings, one: Measurement, scores: dict[Key, Floats]) -> No
     where = f"{run.path / 'measurements.jsonl'}: {plain(one.cell)} {plain(one.measure)}"
     try:
         known = coordinates(run, one.cell)
+        _stated(found, one.cell, known)
         if quality(one.measure) or one.measure in ("val_accuracy", "mse_before"):
             values, digest = check_scores(run, one)
             stated = one.facts.get("episodes_hash")
@@ -199,10 +212,51 @@ def _figure(found: _Findings, one: Measurement, scores: dict[Key, Floats]) -> No
         found.refuse(error)
 
 
+def _stated(found: _Findings, cell: str, known: Mapping[str, Any]) -> None:
+    """What the manifest states of a cell beside its id is what the id and the evaluation say."""
+    where = f"{found.run.path / 'manifest.json'}: cell {plain(cell)}"
+    if wrong := _params_against_id(known):
+        found.wrong(where, wrong)
+    evaluation = found.run.manifest.get("evaluation")
+    selection = evaluation.get("selection") if isinstance(evaluation, dict) else None
+    wanted = (selection or known["selection"]) if known["train_spec"] else ""
+    if known["selection"] != wanted:
+        found.wrong(where, f"selection is {plain(known['selection'])!r}, the run's evaluation says {plain(wanted)!r}")
+
+
+def _params_against_id(known: Mapping[str, Any]) -> str | None:
+    """What of the stated parameters (all, as JSON) is not what the id has (those set away from their defaults)."""
+    if not known["params"]:
+        return None  # of a run that states none
+    try:
+        stated = json.loads(known["params"])
+    except (ValueError, RecursionError):
+        stated = None
+    if not isinstance(stated, dict):
+        return "params is no JSON mapping"
+    items = [item.partition("=") for item in known["trained"].partition("[")[2].removesuffix("]").split(",")]
+    wanted = {name: text for name, equals, text in items if equals and name != "train"}
+    if "norm" in stated:
+        wanted["norm"] = known["norm"]
+    for name, text in wanted.items():
+        if name not in stated or stated[name] != _value(text):
+            return f"params has {plain(name)} as {plain(stated.get(name))!r}, its id as {plain(text)!r}"
+    return None
+
+
+def _value(text: str) -> object:
+    """A value as ids have it: bare text, or JSON."""
+    try:
+        return json.loads(text, parse_constant=str)
+    except (ValueError, RecursionError):
+        return text
+
+
 def _number(where: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    number = finite(value)
+    if number is None:
         raise StoreError(f"{where}: value is {plain(value)}, which is no finite number")
-    return float(value)
+    return number
 
 
 def _numbers(where: str, values: object) -> list[float]:
@@ -307,14 +361,18 @@ def _environments(found: _Findings, good: Sequence[Measurement]) -> None:
             found.count("environments")
 
 
-def _derived(found: _Findings) -> None:
+def _derived(found: _Findings, withdrawn: Callable[[str], bool]) -> None:
     """results.csv, where there is one, is what the rows give."""
     file = regular(found.run, "results.csv")
     if file is None:
         return
-    anew = _table(csvfile.results(RunData.of(found.run.rows()).rows))
     try:
-        stated = _table(file.read_text(encoding="utf-8"))
+        anew = _kept(_table(csvfile.results(RunData.of(found.run.rows()).rows)), withdrawn)
+    except (ValueError, TypeError, OverflowError) as error:  # facts of others: a count that is none
+        found.wrong(str(found.run.path / "measurements.jsonl"), f"its rows give no results.csv ({plain(error)})")
+        return
+    try:
+        stated = _kept(_table(file.read_text(encoding="utf-8")), withdrawn)
     except (OSError, ValueError, csv.Error) as error:
         found.wrong(str(file), f"cannot be read ({error})")
         return
@@ -331,12 +389,16 @@ def _derived(found: _Findings) -> None:
     found.count("lines of results.csv", len(stated))
 
 
-def _table(text: str) -> dict[tuple[str, str], tuple[int, dict[str, str]]]:
+def _kept(table: _Table, withdrawn: Callable[[str], bool]) -> _Table:
+    return {key: line for key, line in table.items() if not withdrawn(algorithm_of(key[0]))}
+
+
+def _table(text: str) -> _Table:
     """The lines by cell and measure, each with its number. Raises ValueError for what is no results.csv."""
     reader = csv.DictReader(io.StringIO(text, newline=""))
     if not {"cell", "measure"} <= set(reader.fieldnames or ()):
         raise ValueError("it lacks the columns cell and measure")
-    found: dict[tuple[str, str], tuple[int, dict[str, str]]] = {}
+    found: _Table = {}
     for row in reader:
         key = row["cell"] or "", row["measure"] or ""
         if key in found:
@@ -414,6 +476,8 @@ def _compare(found: _Findings, one: Measurement, answer: Mapping[str, Any]) -> N
     if pixels is not None and answer["pixels"] is not None and pixels != answer["pixels"]:
         found.wrong(where, f"pixels hash is {plain(pixels)}, the data set here has {answer['pixels']}")
     found.count("test episodes", len(ids))
+    if quality(one.measure):
+        found.remade.add(one.key)
     stated = found.answered.get((one.cell, one.measure))
     if stated and answer["classes"] is not None and stated != answer["classes"]:
         name = Path(str(one.facts["predictions"])).name

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from metabench.document import Document
-from metabench.leaderboard.collect import Source
+from metabench.errors import ConfigError, did_you_mean
+from metabench.leaderboard.collect import Source, algorithm_of
 from metabench.leaderboard.protocols import Protocol
 from metabench.leaderboard.ranking import MIN_SEEDS
 from metabench.suitefile import Count, Seed, Ways
@@ -40,8 +42,22 @@ class ProtocolEntry(_Entry):
 
     def fits(self, protocol: Protocol) -> bool:
         """Whether a protocol is this one, as far as it is written down."""
-        wanted = self.model_dump(exclude_none=True)
-        return all(getattr(protocol, name) == value for name, value in wanted.items())
+        return all(getattr(protocol, name) == value for name, value in self._wanted.items())
+
+    def mistake(self, protocols: Sequence[Protocol]) -> str:
+        """Why it is none of these protocols; empty where it is one."""
+        if any(self.fits(one) for one in protocols):
+            return ""
+        for name, value in self._wanted.items():
+            there = {getattr(one, name) for one in protocols}
+            if value not in there:
+                known = did_you_mean(str(value), {str(one) for one in there if one not in (None, "")})
+                return f"no run has a result with {name} {value!r}{known}"
+        return f"no run has a result with all of {', '.join(f'{name} {v!r}' for name, v in self._wanted.items())}"
+
+    @property
+    def _wanted(self) -> dict[str, Any]:
+        return self.model_dump(exclude_none=True)
 
 
 class WithdrawalEntry(_Entry):
@@ -54,6 +70,14 @@ class WithdrawalEntry(_Entry):
     def takes(self, source: Source, algorithm: str | None) -> bool:
         """Whether it is about these rows (None: about the whole run)."""
         return self.run == source.run.name and self.algorithm in (None, algorithm)
+
+    def mistake(self, sources: Sequence[Source]) -> str:
+        """Why its run, if it is among these, has nothing to withdraw; empty where it has, or is not among them."""
+        runs = [one.run for one in sources if one.run.name == self.run]
+        known = {algorithm_of(row["cell"]) for run in runs for row in run.manifest["rows"]}
+        if not runs or self.algorithm is None or self.algorithm in known:
+            return ""
+        return f"{self.run} has no row of {self.algorithm!r}{did_you_mean(self.algorithm, known)}"
 
 
 class BoardEntry(_Entry):
@@ -76,6 +100,18 @@ class BoardEntry(_Entry):
         """Whether the board has this protocol."""
         return self.protocols is None or any(one.fits(protocol) for one in self.protocols)
 
+    def withdrawn(self, source: Source, algorithm: str | None) -> bool:
+        """Whether these rows were taken back (None: the whole run)."""
+        return any(one.takes(source, algorithm) for one in self.withdrawals)
+
+    def check_withdrawals(self, file: Path, sources: Sequence[Source]) -> None:
+        """Raise ConfigError for an algorithm that its run does not have: what was meant would stay on the board."""
+        _raise(file, "withdrawals", [one.mistake(sources) for one in self.withdrawals])
+
+    def check_protocols(self, file: Path, protocols: Sequence[Protocol]) -> None:
+        """Raise ConfigError for an entry that is none of the protocols that the runs have: it would show nothing."""
+        _raise(file, "protocols", [one.mistake(protocols) for one in self.protocols or ()])
+
 
 def read_board(file: Path) -> BoardEntry:
     """Read a board file. Raises ConfigError with every mistake, each with its line."""
@@ -89,3 +125,8 @@ def read_board(file: Path) -> BoardEntry:
             document.report(detail["loc"], document.explained(detail, BoardEntry, parts))
         document.raise_problems()
         raise
+
+
+def _raise(file: Path, part: str, mistakes: Sequence[str]) -> None:
+    if found := [f"{file}: {part}[{number}]: {one}" for number, one in enumerate(mistakes) if one]:
+        raise ConfigError("\n".join(found))

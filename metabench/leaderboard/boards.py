@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 
 from metabench.leaderboard.collect import MISSING, Collected, Score, plain
+from metabench.leaderboard.copies import marked
 from metabench.leaderboard.costs import by_run
 from metabench.leaderboard.protocols import Protocol, by_protocol
 from metabench.leaderboard.ranking import MIN_SEEDS, Differences, Ranking, differences, rank
@@ -65,14 +66,14 @@ class Board:
             spread = one.control and len(one.seeds) == 1  # nothing to train: it stands against every seed
             tables.append(np.repeat(one.table, len(every), axis=0) if spread else one.table)
             seeds.append(every if spread else one.seeds)
-        return tuple(chosen), differences(tables, seeds)
+        return tuple(chosen), differences(tables, seeds, min_seeds=self.min_seeds)
 
 
 def boards(found: Collected, *, min_seeds: int = MIN_SEEDS) -> list[Board]:
     """One board per protocol that anything was tried on, in the order of the results. See the module."""
     costs = by_run(found.costs)
     made: list[Board] = []
-    for protocol, scores in by_protocol(found.scores):
+    for protocol, scores in by_protocol(marked(found.scores)):
         tried, waiting = _apart(methods(scores))
         if tried:
             standings = [standing(group, protocol, found, costs) for group in tried]
@@ -122,13 +123,14 @@ def _board(number: int, protocol: Protocol, standings: Sequence[Standing], min_s
     ranking = None
     if len(able) > 1:
         tables = [one.table for one in able if one.table is not None]
-        found = differences(tables, [one.seeds for one in able])
+        found = differences(tables, [one.seeds for one in able], min_seeds=min_seeds)
         ranking = rank(found, higher_is_better=protocol.higher_is_better, min_seeds=min_seeds)
         places = {id(one): n for n, one in enumerate(able)}
         order = [_with_rank(one, ranking, places.get(id(one))) for one in order]
-        if ranking.undecided:
+        if ranking.unpaired:
             remarks.append(
-                f"{len(ranking.undecided)} pairs share fewer than {min_seeds} seeds: neither is called better"
+                f"{ranking.unpaired} of {ranking.pairs} pairs share fewer than {min_seeds} seeds: "
+                "theirs are compared as two samples, on the same episodes"
             )
     order = [_why_unranked(one, min_seeds, len(able)) for one in order]
     if not any(one.control for one in order):

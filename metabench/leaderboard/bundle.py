@@ -17,13 +17,14 @@ from typing import Any
 
 from metabench.disk import write_whole
 from metabench.errors import ConfigError, StoreError
-from metabench.leaderboard.collect import SUBMISSION, plain, regular
+from metabench.leaderboard.collect import SUBMISSION, plain, regular, reserved
 from metabench.store import Run
 
 SCHEMA = 1  # of submission.json
 FILES = ("manifest.json", "environment.json", "measurements.jsonl", "samples.jsonl", "results.csv")
+FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 MEMBER = re.compile(
-    r"(?P<run>[A-Za-z0-9][A-Za-z0-9._-]*)/"
+    rf"(?P<run>{FOLDER.pattern})/"
     rf"(?P<name>{'|'.join(map(re.escape, (*FILES, SUBMISSION)))}|predictions/[0-9a-f]{{16}}\.npz|"
     r"weights/[0-9a-f]{64}\.safetensors|plugins/[A-Za-z0-9_][A-Za-z0-9_.+-]*\.py)"
 )
@@ -41,6 +42,8 @@ def pack(run: Run, out: Path, submitter: str, *, weights: bool = False) -> Path:
     """
     if not submitter.strip() or plain(submitter.strip(), 80) != submitter.strip():
         raise ConfigError("--submitter: give a name of 1 to 80 printable characters, e.g. --submitter 'Ada Lovelace'")
+    if reserved(submitter):
+        raise ConfigError(f"--submitter: {submitter.strip()!r} stands for whoever builds a board: give your own name")
     files = {name: file.read_bytes() for name, file in _files(run, weights).items()}
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
     record = {"schema_version": SCHEMA, "submitter": submitter.strip(), "run": run.name, "files": hashes}
@@ -64,6 +67,11 @@ def _files(run: Run, weights: bool) -> dict[str, Path]:
         if name and (file := regular(run, f"predictions/{Path(str(name)).name}")):
             found[f"predictions/{file.name}"] = file
     found |= _learned(run) if weights else {}
+    if not FOLDER.fullmatch(run.name):
+        raise StoreError(
+            f"{run.path}: a run that is handed in has a folder named with letters, digits and . _ - alone: rename "
+            f"{plain(run.name)!r}"
+        )
     if strange := [name for name in found if not MEMBER.fullmatch(f"{run.name}/{name}")]:
         raise StoreError(f"{run.path}: {plain(strange[0])} is no name that a run writes; it cannot be packed")
     return found
@@ -85,11 +93,11 @@ def _learned(run: Run) -> dict[str, Path]:
     return {name: file for name, file in (*files.items(), *((p, regular(run, p)) for p in plugins)) if file}
 
 
-def write(file: Path, data: bytes) -> None:
-    """Write a file in one move. Raises StoreError where the disk refuses."""
+def write(file: Path, data: bytes | str) -> None:
+    """Write a file in one move; of text, what is no Unicode becomes an escape. StoreError where the disk refuses."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, data)
+        write_whole(file, data if isinstance(data, bytes) else data.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise StoreError(f"{file}: cannot be written ({error.strerror or error})") from error
 

@@ -6,12 +6,13 @@ figure is made anew from its raw scores and must agree with what is stated; text
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -24,17 +25,21 @@ from metabench.errors import ConfigError, StoreError
 from metabench.report.load import class_credit
 from metabench.report.model import CONTROLS
 from metabench.stats import Floats, mean_interval
-from metabench.store import FINAL, Key, Measurement, Run
+from metabench.store import FINAL, NOT_HERE, Key, Measurement, Run, parsed
 
 Trust = Literal["claimed", "recomputed", "re-run"]
 SUBMISSION = "submission.json"
 LOCAL = ""  # the submitter of a run without a submission file: whoever builds the board
+MAINTAINERS = "this board's maintainers"  # that submitter in words: nobody else may take the name
 STATED = ("cell", "algorithm", "dataset", "split", "rotations", "within", "ways", "shots", "queries", "stream", "norm",
           "bn_mode", "device", "precision", "seed", "train_spec")  # fmt: skip
 TIMES = ("adapt_time", "train_time")
 TOLERANCE = 1e-9  # between a stated figure and the one made anew, relative
 
 
+_Tried = dict[
+    tuple[str, str, str], dict[tuple[str, str], dict[Key, set[str]]]
+]  # by row, the hashes it was scored under
 Fingerprint = tuple[Any, ...]  # what equal scores of one method on one task have in common, whatever their seed
 
 
@@ -56,17 +61,20 @@ class Training:
 class Source:
     """One run as it was handed in: its folder, who sent it, and what became of verifying it.
 
-    `doubts` are the results that stay claimed although the run adds up, each with the reason; None: not verified.
+    `recomputed` are the results that were shown to follow from answers and test episodes: no other result is called
+    so. `doubts` are results of a verified run that were not, each with the reason.
     """
 
     run: Run
     submitter: str
-    doubts: Mapping[Key, str] | None = None
+    recomputed: frozenset[Key] = frozenset()
+    doubts: Mapping[Key, str] = field(default_factory=dict)
 
     @property
     def trust(self) -> Trust:
         """How far the run as a whole is trusted: no further than any of its results."""
-        return "claimed" if self.doubts is None or self.doubts else "recomputed"
+        results = [key for key, one in self.counted.items() if one.status == "ok" and quality(key[1])]
+        return "recomputed" if results and self.recomputed.issuperset(results) else "claimed"
 
     @property
     def name(self) -> str:
@@ -78,6 +86,11 @@ class Source:
         """Its measurements, read once. Raises StoreError, naming the row, for a field that is not of its type."""
         return measured(self.run)
 
+    @cached_property
+    def counted(self) -> dict[Key, Measurement]:
+        """Of those the ones that count: see the function of that name."""
+        return counted(self.run, self.measured)
+
 
 @dataclass(frozen=True, eq=False)
 class Score:
@@ -86,7 +99,7 @@ class Score:
     `scores` (E,) is None where there is none; `credit` maps a class to its (queries, credit), where the predictions
     were handed in. `coordinates` are those of `cells.coordinates_of` with params, selection and backbone; `code` is
     what tells two versions of an algorithm's sources apart, `weights` names the file of what was trained. `rerun` says
-    what a re-run of ours found that bears the score out, or nothing.
+    what a re-run of ours found that bears the score out, `copied` of which earlier result it is a copy, or nothing.
     """
 
     source: Source
@@ -105,18 +118,19 @@ class Score:
     credit: Mapping[int, tuple[int, float]] = field(default_factory=dict)
     weights: str = ""
     rerun: str = ""
+    copied: str = ""
 
     @property
     def trust(self) -> Trust:
         """How far this row is trusted."""
         if self.rerun:
             return "re-run"
-        return "claimed" if self.source.doubts is None or self.doubt else "recomputed"
+        return "recomputed" if (self.cell, self.measure) in self.source.recomputed else "claimed"
 
     @property
     def doubt(self) -> str:
         """Why it stays claimed although its run was verified and adds up; empty where it does not."""
-        return (self.source.doubts or {}).get((self.cell, self.measure), "")
+        return self.source.doubts.get((self.cell, self.measure), "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,14 +146,28 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Unlisted:
+    """A result that was measured and that its run's plan lists no more: which seed it was, and what became of it."""
+
+    seed: int
+    status: str
+
+
+@dataclass(frozen=True)
 class Collected:
-    """Everything a leaderboard is made of; `tried` counts configurations by (submitter, algorithm, data, task)."""
+    """Everything a leaderboard is made of.
+
+    `tried` counts configurations by `tried_key`, `unlisted` holds results that no plan lists any more by
+    `unlisted_key`. `remarks` say what of the runs was left out.
+    """
 
     sources: tuple[Source, ...]
     scores: tuple[Score, ...]
     costs: tuple[Cost, ...]
     tried: Mapping[tuple[str, str, str], int]
+    unlisted: Mapping[tuple[Any, ...], tuple[Unlisted, ...]]
     environments: Mapping[str, Mapping[str, Any]]
+    remarks: tuple[str, ...] = ()
 
 
 def plain(text: object, limit: int = 300) -> str:
@@ -187,7 +215,27 @@ def submitter_of(run: Run) -> str:
         raise StoreError(f"{file}: cannot be read ({error}); make the bundle again") from error
     if not isinstance(name, str) or not name.strip():
         raise StoreError(f"{file}: the submitter must be a name")
+    if reserved(name):
+        raise StoreError(f"{file}: the submitter {plain(name.strip(), 80)!r} is reserved for whoever builds a board")
     return plain(name.strip(), 80)
+
+
+def reserved(submitter: str) -> bool:
+    """Whether a name reads like the one that stands for whoever builds a board."""
+    words = unicodedata.normalize("NFKC", submitter).casefold().replace("\u2019", "'").split()
+    return " ".join(words) == MAINTAINERS
+
+
+def loaded(run: Run) -> str:
+    """What to say of a run that loaded another's weights, as its manifest has it; empty for one that trained."""
+    origin = run.manifest.get("weights")
+    if not origin:
+        return ""
+    name = plain(origin, 100)
+    return (
+        f"its weights are those of {name}, loaded (metabench run --weights): nothing was trained, and a training "
+        f"counts once; name {name} instead"
+    )
 
 
 def check_manifest(run: Run) -> None:
@@ -222,18 +270,60 @@ def measured(run: Run) -> dict[Key, Measurement]:
     except (TypeError, AttributeError, OverflowError) as error:
         raise StoreError(f"{file}: damaged: a row's pointer into samples.jsonl is no position ({error})") from error
     for one in found.values():
-        wrong = [name for name in TEXTS if not isinstance(getattr(one, name), str)]
-        wrong += [name for name in NUMBERS if not _optional_number(getattr(one, name))]
-        wrong += [] if isinstance(one.facts, dict) else ["facts"]
+        wrong = [f"{name} is of a wrong type" for name in TEXTS if not isinstance(getattr(one, name), str)]
+        wrong += [f"{name} is no finite number" for name in NUMBERS if not _optional_number(getattr(one, name))]
+        wrong += [] if isinstance(one.facts, dict) else ["facts is of a wrong type"]
         if wrong:
-            raise StoreError(f"{file}: {plain(one.cell)} {plain(one.measure)}: {wrong[0]} is of a wrong type")
+            raise StoreError(f"{file}: {plain(one.cell)} {plain(one.measure)}: {wrong[0]}")
     if not isinstance(run.environments(), dict):
         raise StoreError(f"{run.path / 'environment.json'}: must be a mapping of machines; the run is damaged")
     return found
 
 
+def counted(run: Run, last: Mapping[Key, Measurement]) -> dict[Key, Measurement]:
+    """Of each row of the plan its measurement in `last`, if it was made as the plan says (by its hash).
+
+    A row that was skipped for want of a device has a hash of its own. Nothing else may have it: a number under that
+    hash was made nobody knows how.
+    """
+    found: dict[Key, Measurement] = {}
+    for row in run.manifest["rows"]:
+        one = last.get((row["cell"], row["measure"]))
+        if one and (one.hash == row["hash"] or (one.hash == NOT_HERE and one.status == "skipped")):
+            found[one.key] = one
+    return found
+
+
+def lines(run: Run) -> Iterator[Mapping[str, Any]]:
+    """Every whole line of measurements.jsonl, also of earlier measurements. Raises StoreError if one is damaged."""
+    file = run.path / "measurements.jsonl"
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1] if file.is_file() else [], 1):
+        try:
+            record = parsed(line)
+        except ValueError as error:
+            raise StoreError(f"{file}:{number}: damaged line ({error}); delete that line to go on") from error
+        if isinstance(record, dict):
+            yield record
+
+
+def algorithm_of(cell: str) -> str:
+    """The algorithm's name in a cell's id, or in whatever stands in its place."""
+    return re.split(r"[\[/]", cell, maxsplit=1)[0]
+
+
+def finite(value: object) -> float | None:
+    """A number as a float; None for what is no number, is not finite, or is larger than any float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
 def _optional_number(value: object) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+    return value is None or finite(value) is not None
 
 
 def coordinates(run: Run, cell: str) -> dict[str, Any]:
@@ -250,6 +340,11 @@ def coordinates(run: Run, cell: str) -> dict[str, Any]:
                 f"{run.path / 'manifest.json'}: cell {plain(cell)}: {name} is {plain(stated[name])!r} there, "
                 f"{found[name]!r} in the cell's id"
             )
+    if found["ways"] == 1:
+        raise StoreError(
+            f"{run.path / 'manifest.json'}: cell {plain(cell)}: a task of one way has nothing to tell apart: "
+            "ways are 2 or more"
+        )
     known = {name: stated.get(name) or "" for name in ("params", "selection")}
     if not all(isinstance(value, str) for value in known.values()):
         raise StoreError(f"{run.path / 'manifest.json'}: cell {plain(cell)}: params and selection must be text")
@@ -267,9 +362,14 @@ def _unlike(stated: object, found: object) -> bool:
 
 
 def collect(
-    sources: Sequence[Source], withdrawn: Callable[[Source, str], bool] = lambda source, algorithm: False
+    sources: Sequence[Source],
+    withdrawn: Callable[[Source, str], bool] = lambda source, algorithm: False,
+    *,
+    besides: Sequence[Source] = (),
 ) -> Collected:
-    """Read every run, without the rows of algorithms that `withdrawn` says were taken back (they still count as tried).
+    """Read every run, without the rows of algorithms that `withdrawn` says were taken back.
+
+    What was taken back still counts as tried; so do the runs `besides`, which were taken back whole.
 
     Raises:
         StoreError: a run is damaged, is handed in twice, states a figure that its raw scores do not give, or two seeds
@@ -277,21 +377,30 @@ def collect(
     """
     scores: list[Score] = []
     costs: list[Cost] = []
-    tried: dict[tuple[str, str, str], set[tuple[str, str]]] = {}
+    unlisted: dict[tuple[Any, ...], list[Unlisted]] = {}
     environments: dict[str, Mapping[str, Any]] = {}
     for source in sources:
-        for key, measurement in source.measured.items():
-            if quality(key[1]) and measurement.status == "ok":
-                _count_tried(tried, source, key[0])
+        for known, one in () if loaded(source.run) else _unlisted(source):
+            unlisted.setdefault(known, []).append(one)
         environments |= {name: facts for name, facts in source.run.environments().items() if isinstance(facts, dict)}
-        for one in _rows(source, withdrawn):
-            if isinstance(one, Score):
-                scores.append(one)
+        for row in _rows(source, withdrawn):
+            if isinstance(row, Score):
+                scores.append(row)
             else:
-                costs.append(one)
+                costs.append(row)
     _refuse_twice(scores)
     _refuse_repeated(scores)
-    return Collected(tuple(sources), tuple(scores), tuple(costs), {k: len(v) for k, v in tried.items()}, environments)
+    return Collected(
+        sources=tuple(sources),
+        scores=tuple(scores),
+        costs=tuple(costs),
+        tried=_tried(sources, besides),
+        unlisted={key: tuple(every) for key, every in unlisted.items()},
+        environments=environments,
+        remarks=tuple(
+            f"{one.name}: what needs a training is left out: {said}" for one in sources if (said := loaded(one.run))
+        ),
+    )
 
 
 def quality(measure: str) -> bool:
@@ -350,15 +459,41 @@ def _refuse_repeated(scores: Sequence[Score]) -> None:
             )
 
 
-def _count_tried(tried: dict[tuple[str, str, str], set[tuple[str, str]]], source: Source, cell: str) -> None:
-    """What was ever scored counts, whether or not the manifest still lists it."""
+def _tried(sources: Iterable[Source], besides: Iterable[Source]) -> dict[tuple[str, str, str], int]:
+    """How many configurations were scored, by `tried_key`: settings, each as often as it has versions.
+
+    Every line counts, whether or not the manifest still lists its row. Versions of code and protocol are told apart by
+    the hashes of one and the same row, since a hash covers the seed too.
+    """
+    hashes: _Tried = {}
+    for source in sources:
+        _note_tried(hashes, source)
+    for source in besides:
+        with contextlib.suppress(StoreError):  # it was taken back, perhaps for this very damage
+            _note_tried(hashes, source)
+    return {
+        who: sum(max(map(len, versions.values())) for versions in settings.values()) for who, settings in hashes.items()
+    }
+
+
+def _note_tried(hashes: _Tried, source: Source) -> None:
+    trained = not loaded(source.run)
+    for line in lines(source.run):
+        key = str(line.get("cell")), str(line.get("measure"))
+        known = _known(key[0]) if quality(key[1]) and line.get("status") == "ok" else None
+        if known is None or (known["train_spec"] and not trained):
+            continue
+        settings = hashes.setdefault(tried_key(source.submitter, known), {})
+        versions = settings.setdefault((str(known["trained"]), str(known["norm"])), {})
+        versions.setdefault(key, set()).add(str(line.get("hash")))
+
+
+def _known(cell: str) -> Mapping[str, Any] | None:
+    """The coordinates in a cell's id; None for what is no id, in lines that the plan does not list."""
     try:
-        known = _parsed_id(cell)
+        return _parsed_id(cell)
     except ConfigError:
-        return
-    task = f"{known['data']} {known['ways']} {known['shots']} {known['queries']} {known['stream']}"
-    who = source.submitter, str(known["algorithm"]), task
-    tried.setdefault(who, set()).add((str(known["trained"]), str(known["norm"])))
+        return None
 
 
 def tried_key(submitter: str, known: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -367,17 +502,32 @@ def tried_key(submitter: str, known: Mapping[str, Any]) -> tuple[str, str, str]:
     return submitter, str(known["algorithm"]), task
 
 
+def unlisted_key(submitter: str, known: Mapping[str, Any], measure: str) -> tuple[Any, ...]:
+    """The key of `Collected.unlisted` for a cell's coordinates: whose seeds of one method on one task they are."""
+    names = ("trained", "data", "ways", "shots", "queries", "stream", "norm", "precision")
+    return (submitter, *(known[name] for name in names), measure)
+
+
+def _unlisted(source: Source) -> Iterator[tuple[tuple[Any, ...], Unlisted]]:
+    """Results of quality that were measured, and that the plan lists no more."""
+    planned = {(row["cell"], row["measure"]) for row in source.run.manifest["rows"]}
+    for key, one in source.measured.items():
+        known = _known(key[0]) if key not in planned and quality(key[1]) and one.status != "skipped" else None
+        if known is not None:
+            yield unlisted_key(source.submitter, known, key[1]), Unlisted(known["seed"], plain(one.status, 40))
+
+
 def _rows(source: Source, withdrawn: Callable[[Source, str], bool]) -> Iterator[Score | Cost]:
-    run = source.run
-    for row in run.manifest["rows"]:
+    """The rows of the plan; in a run with loaded weights, its costs and what needs no training."""
+    trained = not loaded(source.run)
+    for row in source.run.manifest["rows"]:
         key = row["cell"], row["measure"]
-        if withdrawn(source, re.split(r"[\[/]", key[0], maxsplit=1)[0]):
+        if withdrawn(source, algorithm_of(key[0])):
             continue
-        found = source.measured.get(key)
-        if found is not None and found.hash not in (row["hash"], "not-here"):
-            found = None
+        found = source.counted.get(key)
         if quality(key[1]):
-            yield _score(source, row, found)
+            if trained or not coordinates(source.run, key[0])["train_spec"]:
+                yield _score(source, row, found)
         elif found is not None and found.status == "ok" and (key[1] in TIMES or key[1] == "adapt_flops"):
             yield from _cost(source, row, found)
 
@@ -430,8 +580,10 @@ def check_scores(run: Run, found: Measurement) -> tuple[Floats, str]:
         raise StoreError(f"{where}: {len(raw[0])} scores for {len(raw[1])} episodes in samples.jsonl")
     try:
         scores = np.array(raw[0], dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise StoreError(f"{where}: a raw score is no number") from None
+    if not all(raw[1]):  # the hash of a list does not see it
+        raise StoreError(f"{where}: an episode has an empty name in samples.jsonl")
     digest = _digest(raw[1])
     if digest is None:
         raise StoreError(f"{where}: an episode stands twice among the {len(raw[1])}")
@@ -463,8 +615,8 @@ def agree(where: str, name: str, stated: object, value: float | None, *, optiona
     """Raise StoreError unless a stated figure is the one made anew; an optional one may be absent."""
     if stated is None and (optional or value is None):
         return
-    number = stated if isinstance(stated, int | float) and not isinstance(stated, bool) else math.nan
-    if value is None or not math.isfinite(number) or abs(number - value) > TOLERANCE * max(1e-3, abs(value)):
+    number = finite(stated)
+    if value is None or number is None or abs(number - value) > TOLERANCE * max(1e-3, abs(value)):
         raise StoreError(f"{where}: {name} is stated as {plain(stated)}, the raw samples give {value}")
 
 
@@ -479,12 +631,11 @@ def _cost(source: Source, row: Mapping[str, Any], found: Measurement) -> Iterato
     if row["measure"] not in TIMES and found.value == 0:
         return  # a method that counts no operation to adapt has no place on an axis of factors
     processes = found.facts.get("processes")
-    values = processes if isinstance(processes, list) and processes else [found.value]
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) and 0 < v < math.inf for v in values):
+    stated = processes if isinstance(processes, list) and processes else [found.value]
+    values = tuple(number for value in stated if (number := finite(value)) is not None and number > 0)
+    if len(values) != len(stated):
         raise StoreError(f"{_place(source.run, found)}: a time or a count must be a finite number above 0")
-    yield Cost(
-        source, row["cell"], row["measure"], known, plain(found.environment), tuple(float(v) for v in values if v)
-    )
+    yield Cost(source, row["cell"], row["measure"], known, plain(found.environment), values)
 
 
 def unfinished(score: Score) -> bool:

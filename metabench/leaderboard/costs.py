@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-from metabench.leaderboard.collect import TIMES, Cost, Score
+from metabench.catalogue import catalogue
+from metabench.leaderboard.collect import TIMES, Cost, Score, plain
 from metabench.stats import Interval, median_interval, paired_ratio
 
-YARDSTICK = "protonet"  # costs of unlike machines are compared as multiples of its row in the same run
+YARDSTICK = "protonet"  # costs of unlike machines are compared as multiples of its row in the same run: see `yardstick`
 METHOD = ("algorithm", "params", "norm", "train_spec", "precision", "device")
 TASK = ("data", "ways", "shots", "queries", "stream")
 
@@ -23,6 +25,14 @@ class Time:
     measure: str
     environment: str
     seconds: Interval
+
+
+@dataclass(frozen=True)
+class Relative:
+    """A time as a multiple of the yardstick's, and which yardstick that is, in words."""
+
+    ratio: Interval
+    yardstick: str
 
 
 ByRun = Mapping[tuple[Any, ...], Mapping[str, Sequence[Cost]]]  # by run, method (without seed) and task; by measure
@@ -78,25 +88,56 @@ def times(mine: OfMethod) -> tuple[Time, ...]:
     return tuple(made)
 
 
-def relative(mine: OfMethod, costs: ByRun) -> Interval | None:
+def relative(mine: OfMethod, costs: ByRun) -> Relative | None:
     """Time of adapting over the yardstick's in the same run and environment; of several runs, the best known ratio."""
-    found: list[Interval] = []
+    found: list[Relative] = []
     for members in mine.get("adapt_time", ()):
         one = members[0]
-        others = [
-            cost
-            for cost in costs.get(_yardstick_key(one.source.run.path, one.coordinates), {}).get("adapt_time", ())
-            if cost.environment == one.environment
-        ]
-        others = [cost for cost in others if _config(cost) == _config(others[0])]
+        others = yardstick(
+            [
+                cost
+                for cost in costs.get(_yardstick_key(one.source.run.path, one.coordinates), {}).get("adapt_time", ())
+                if cost.environment == one.environment
+            ]
+        )
         own, theirs = _units(members), _units(others)
         if shared := sorted(own.keys() & theirs.keys()):
-            found.append(paired_ratio([own[k] for k in shared], [theirs[k] for k in shared]))
-    return max(found, key=lambda interval: interval.n) if found else None
+            ratio = paired_ratio([own[k] for k in shared], [theirs[k] for k in shared])
+            found.append(Relative(ratio, _in_words(others[0])))
+    return max(found, key=lambda one: one.ratio.n) if found else None
 
 
-def _config(cost: Cost) -> tuple[Any, ...]:
-    return tuple(cost.coordinates[name] for name in METHOD)
+def yardstick(costs: Sequence[Cost]) -> list[Cost]:
+    """Of the costs of several configurations of the yardstick those of one: the default one, or else the only one.
+
+    Which training it had is no matter: adapting costs the same. None where several are there and none is the default,
+    for who could choose among them would choose the slowest.
+    """
+    kinds: dict[tuple[str, str], list[Cost]] = {}
+    for cost in costs:
+        kinds.setdefault((_explicit(cost), cost.coordinates["norm"]), []).append(cost)
+    if len(kinds) > 1:
+        kinds = {kind: members for kind, members in kinds.items() if kind == ("", _default_norm())}
+    members = next(iter(kinds.values()), [])
+    return [cost for cost in members if cost.coordinates["trained"] == members[0].coordinates["trained"]]
+
+
+def _explicit(cost: Cost) -> str:
+    """The parameters in its id, which has those set away from their defaults."""
+    items = str(cost.coordinates["trained"]).partition("[")[2].removesuffix("]").split(",")
+    return ",".join(item for item in items if item and not item.startswith("train="))
+
+
+@cache
+def _default_norm() -> object:
+    norm = catalogue().algorithm(YARDSTICK).parameter("norm")
+    return norm.default if norm else None
+
+
+def _in_words(cost: Cost) -> str:
+    """The yardstick's row: its settings, and the run that it stands in."""
+    name = f"{YARDSTICK} with {_explicit(cost) or 'default parameters'}"
+    return plain(f"{name}, norm {cost.coordinates['norm']}, of the same run ({cost.source.name})")
 
 
 def flops(mine: OfMethod) -> float | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from xml.sax.saxutils import escape as escape_xml
 
 from metabench.leaderboard.boards import Board
+from metabench.leaderboard.collect import plain
 from metabench.leaderboard.standings import Standing
 from metabench.leaderboard.summary import Entry, Summary
 from metabench.report import wording
@@ -62,17 +63,21 @@ def _numbers(value: str, bounds: str, interval: Interval | None) -> dict[str, fl
     return {value: interval.value, f"{bounds}_low": interval.low, f"{bounds}_high": interval.high}
 
 
-def leaderboard_md(title: str, boards: Sequence[Board], summaries: Sequence[Summary]) -> str:
-    """Every board as a table, the summaries before them."""
-    parts = [f"## {escape(title)}", *map(_summary_md, summaries), *map(_board_md, boards), escape(LEGEND)]
+def leaderboard_md(
+    title: str, boards: Sequence[Board], summaries: Sequence[Summary], remarks: Sequence[str] = ()
+) -> str:
+    """Every board as a table, the summaries before them, and `remarks` on the runs behind."""
+    said = ["\n".join(f"- {escape(text)}" for text in remarks)] if remarks else []
+    parts = [f"## {escape(plain(title))}", *map(_summary_md, summaries), *map(_board_md, boards), *said, escape(LEGEND)]
     return "\n\n".join(parts) + "\n"
 
 
 LEGEND = (
     "Rank: from 1 + the methods that are significantly better to K - those significantly worse, by paired differences "
-    "over training seeds with Holm's correction at 5 %; methods that share a letter are not told apart. Intervals are "
-    "at 95 %, over seeds and test episodes, and by class. Cost: time of adapting as a multiple of protonet's in the "
-    "same run. Trust: claimed, recomputed from answers and test episodes, or re-run; costs stay as claimed."
+    "over training seeds with Holm's correction at 5 %; two methods share a letter if they are not told apart. "
+    "Intervals are at 95 %, over seeds and test episodes, and by class. Cost: time of adapting as a multiple of "
+    "protonet's in the same run. Trust: claimed, recomputed from answers and test episodes, or re-run; costs stay as "
+    "claimed."
 )
 
 

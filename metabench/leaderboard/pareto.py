@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from metabench.leaderboard.boards import Board
+from metabench.leaderboard.files import name_of
 from metabench.leaderboard.standings import Standing
 from metabench.report import wording
 from metabench.stats import Interval
@@ -35,7 +36,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Point:
-    """One method: its place, the ends of its intervals, and where its label stands."""
+    """One method: its place, the ends of its intervals, and where its label stands; others' have their submitter."""
 
     label: str
     group: str
@@ -101,7 +102,8 @@ def flops(board: Board) -> Plot | None:
 
 
 def _plot(board: Board, name: str, cost: Callable[[Standing], Interval | None]) -> Plot | None:
-    known = [(one, one.quality, cost(one)) for one in board.standings if not (one.control and one.label != "untrained")]
+    shown = [one for one in board.standings if not one.control or one.algorithm == "untrained"]
+    known = [(one, one.quality, cost(one)) for one in shown]
     drawn = [(one, quality, price) for one, quality, price in known if quality and price]
     if sum(not one.control for one, _, _ in drawn) < 2:
         return None
@@ -112,7 +114,7 @@ def _plot(board: Board, name: str, cost: Callable[[Standing], Interval | None]) 
     points = [_point(one, quality, price, x, y, n in front) for n, (one, quality, price) in enumerate(drawn)]
     placed = _labels(points)
     corners = sorted((points[n].x, points[n].y) for n in front)
-    left_out = [one.label for one, quality, price in known if quality and not price]
+    left_out = [name_of(one) for one, quality, price in known if quality and not price]
     names = ", ".join(points[n].label for n in sorted(front, key=lambda n: points[n].x))
     return Plot(
         cost=name,
@@ -144,10 +146,10 @@ def _point(one: Standing, quality: Interval, price: Interval, x: Axis, y: Axis, 
     def down(value: float | None) -> float:
         return round(HEIGHT - BOTTOM - y.at(quality.value if value is None else value), 1)
 
-    at = across(None)
-    flip = at > WIDTH - RIGHT - 7 * len(one.label) - 12
+    at, name = across(None), name_of(one)
+    flip = at > WIDTH - RIGHT - 7 * len(name) - 12
     return Point(
-        label=one.label,
+        label=name,
         group=one.group,
         control=one.control,
         front=front,

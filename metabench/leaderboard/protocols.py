@@ -81,12 +81,13 @@ def by_protocol(scores: Iterable[Score]) -> list[tuple[Protocol, list[Score]]]:
         if score.scores is None:
             lost.append(score)
         else:
-            tasks.setdefault((*_task(score), score.episodes_hash, score.pixels), []).append(score)
+            episodes = len(score.scores), score.episodes_hash  # the hash is of the names joined: it sees no empty one
+            tasks.setdefault((*_task(score), *episodes, score.pixels), []).append(score)
     for (
         score
     ) in lost:  # its episodes are not known: it belongs to every board of its task and seed, or to one of its own
         homes = [members for key, members in tasks.items() if key[: len(_task(score))] == _task(score)]
-        for members in homes or [tasks.setdefault((*_task(score), "", ""), [])]:
+        for members in homes or [tasks.setdefault((*_task(score), 0, "", ""), [])]:
             members.append(score)
     made: list[tuple[Protocol, list[Score]]] = []
     for members in tasks.values():

@@ -45,27 +45,26 @@ def copies(sources: Sequence[Source]) -> dict[int, str]:
 def links(sources: Sequence[Source], out: Path) -> dict[int, str]:
     """The way from the page in `out` to each run's own folder, by the source's id."""
     paths = {id(one): os.path.relpath(one.run.path.resolve(), out.resolve()) for one in sources}
-    return {key: quote(Path(path).as_posix()) for key, path in paths.items()}
+    return {key: quote(os.fsencode(path)) for key, path in paths.items()}
 
 
-def publish(sources: Sequence[Source], out: Path, places: Mapping[int, str]) -> None:
+def publish(sources: Sequence[Source], out: Path, places: Mapping[int, str], before: Written) -> None:
     """Copy these runs to their places in `out`, and remove what an earlier build copied and this one does not show.
 
-    Raises StoreError where the disk refuses, or the note of what was written is damaged.
+    `before` is what `noted` found in `out`. Raises StoreError where the disk refuses.
     """
-    before = _read(out / RECORD)
     names = {id(one): Path(places[id(one)]).name for one in sources}
     for name in sorted(before.keys() - set(names.values())):
         _remove(out / FOLDER / name, before[name])
     written = {names[id(one)]: _copy(one, out / places[id(one)]) for one in sources}
     note = {"schema_version": SCHEMA, FOLDER: written}
-    write(out / RECORD, (json.dumps(note, indent=1, sort_keys=True) + "\n").encode())
+    write(out / RECORD, json.dumps(note, indent=1, sort_keys=True) + "\n")
 
 
 def _copy(source: Source, folder: Path) -> dict[str, str]:
     """The raw rows, and results.csv made anew with formulas defused; the hash of each."""
-    rows = source.run.rows(source.measured)
-    write(folder / TABLE, table(RESULT_COLUMNS, rows).encode("utf-8", "replace"))
+    rows = source.run.rows(source.counted)
+    write(folder / TABLE, table(RESULT_COLUMNS, rows))
     for name in RAW:
         if (file := regular(source.run, name)) is not None:
             try:
@@ -94,8 +93,12 @@ def _sha256(file: Path) -> str | None:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _read(file: Path) -> Written:
-    """What the last build wrote; nothing where it left no note. Raises StoreError for a note that is not ours."""
+def noted(out: Path) -> Written:
+    """What the last build copied into `out`; nothing where it left no note. Raises StoreError for one that is not ours.
+
+    It is read before anything is written: a build that cannot go on leaves the site as it is.
+    """
+    file = out / RECORD
     if not file.exists():
         return {}
     try:

@@ -25,7 +25,7 @@ from metabench.cells import Cell, parse_id
 from metabench.errors import ConfigError, MetabenchError, NothingRan, StoreError
 from metabench.leaderboard import bundle, rerunfile
 from metabench.leaderboard.audit import audit
-from metabench.leaderboard.collect import Score, collect, measured, plain, regular, source_of
+from metabench.leaderboard.collect import Score, collect, loaded, plain, regular, source_of
 from metabench.leaderboard.rerunfile import Figure, Outcome, RerunEntry, RowEntry
 from metabench.plan import sources_of
 from metabench.runner import Watch, run
@@ -64,8 +64,7 @@ class Rerun:
             f"episode seed {record.episode_seed} ({drawn})",
         ]
         for row in record.rows:
-            code = "" if row.same_code or row.again is None else "; by other code or torch than the claim's"
-            found += [f"{row.outcome}: {plain(row.cell)} {row.measure}", f"  {rerunfile.sentence(row)}{code}"]
+            found += [f"{row.outcome}: {plain(row.cell)} {row.measure}", f"  {rerunfile.sentence(row)}"]
         if not record.drawn:
             found.append("a seed that was given could have been known: no row becomes re-run by it")
         return found
@@ -104,7 +103,8 @@ def rerun(
 
     Raises:
         StoreError: the submission is damaged or does not add up, or the re-run does not.
-        ConfigError: it brings code and `trust_code` does not allow it; too few episodes; the submission's own seed.
+        ConfigError: it brings code and `trust_code` does not allow it; too few episodes; the submission's own seed; it
+            loaded the weights of another run.
         NothingRan: no row of it can be run again; the message says why.
         Interrupted: Ctrl-C; nothing is recorded.
     """
@@ -116,10 +116,12 @@ def rerun(
         if (submitted.path / rerunfile.NAME).exists():
             raise StoreError(f"{path}: is itself a re-run; name the run that was handed in")
         source = source_of(submitted)
+        if said := loaded(submitted):
+            raise ConfigError(f"{path}: {said}")
         if seed is not None and seed == _evaluation(submitted).get("seed"):
             raise ConfigError(f"--seed {seed}: the submission's own: a re-run takes other episodes")
         known = _catalogue(submitted)
-        stated = measured(submitted)
+        stated = source.counted
         scores = [one for one in collect([source]).scores if one.scores is not None]
         claims = _apart([_claim(one, stated[one.cell, one.measure], known, device) for one in scores])
         able = [claim for claim in claims if claim.cell]

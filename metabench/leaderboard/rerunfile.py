@@ -152,7 +152,8 @@ def sentence(row: RowEntry) -> str:
     claimed, again = (_figure(one) for one in (row.claimed, row.again))
     seen = f"; an excess of {row.visible:.2g} would have been seen" if row.visible else ""
     p = f", p = {row.p:.2g}" if row.outcome == "refused" and row.p is not None else ""
-    return f"claimed {claimed}, again {again} on {row.again.n} new episodes{p}{seen}"
+    code = "" if row.same_code else "; by other code or torch than the claim's"
+    return f"claimed {claimed}, again {again} on {row.again.n} new episodes{p}{seen}{code}"
 
 
 def _figure(one: Figure) -> str:

@@ -37,12 +37,11 @@ def page(
     runs: Sequence[tuple[Source, str]],
     withdrawals: Sequence[tuple[str, str, str]],
     environments: Mapping[str, Mapping[str, Any]],
+    remarks: Sequence[str] = (),
 ) -> str:
-    """The HTML of the whole site; `runs` come with the way from the page to their raw rows."""
+    """The HTML of the whole site; `runs` come with the way from the page to their raw rows, `remarks` are on them."""
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
-    folders: dict[str, list[str]] = {}
-    for source, folder in runs:
-        folders.setdefault(source.name, []).append(folder)
+    folders = {id(source): folder for source, folder in runs}
     loader = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -63,6 +62,7 @@ def page(
              "suite": plain(source.run.manifest["suite"]), "at": plain(source.run.manifest.get("at", ""))}
             for source, folder in runs
         ],
+        remarks=[plain(text, 1000) for text in remarks],
         withdrawals=[tuple(plain(part, 1000) for part in one) for one in withdrawals],
         counts={
             "boards": len(boards),
@@ -114,9 +114,7 @@ def _summary(summary: Summary) -> dict[str, Any]:
     }
 
 
-def _board(
-    board: Board, folders: Mapping[str, list[str]], environments: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
+def _board(board: Board, folders: Mapping[int, str], environments: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     protocol = board.protocol
     shown = board.standings[:MAX_ROWS_DRAWN]
     scale = _scale(board)
@@ -136,9 +134,8 @@ def _board(
         "submitters": any(one.submitter for one in shown),
         "chance": None if protocol.chance is None or scale is None else _inside(scale, protocol.chance),
         "plots": [plot for plot in (pareto.relative(board), pareto.flops(board)) if plot],
-        "compared": [
-            one.label if not one.submitter else f"{one.label} ({one.submitter})" for one in board.shown_pairs[0]
-        ],
+        "order": _order(board, shown),
+        "compared": [files.name_of(one) for one in board.shown_pairs[0]],
         "not_compared": max(0, len(names) - COMPARED),
         "times": [
             {
@@ -156,6 +153,13 @@ def _board(
     }
 
 
+def _order(board: Board, shown: Sequence[Standing]) -> str:
+    """In what order of scores the rows come, as the table's head says it: unranked rows and controls may break it."""
+    values = [one.quality.value for one in shown if one.quality]
+    down = board.protocol.higher_is_better
+    return ("descending" if down else "ascending") if values == sorted(values, reverse=down) else ""
+
+
 def _scale(board: Board) -> Axis | None:
     """The axis of the small interval drawings: all scores of the board that are no controls."""
     drawn = [one.quality for one in board.standings if one.quality and not one.control]
@@ -170,9 +174,7 @@ def _inside(scale: Axis, value: float) -> float | None:
     return scale.at(value) if 0 <= scale.at(value) <= WHISKER else None
 
 
-def _row(
-    board: Board, one: Standing, name: str, scale: Axis | None, folders: Mapping[str, list[str]]
-) -> dict[str, Any]:
+def _row(board: Board, one: Standing, name: str, scale: Axis | None, folders: Mapping[int, str]) -> dict[str, Any]:
     measure = board.protocol.measure
     quality = one.quality
     times = [
@@ -210,7 +212,7 @@ def _row(
             *one.card,
             *times,
         ],
-        "folders": [folder for run in one.runs for folder in folders.get(run, ())],
+        "folders": [folders[id(source)] for source in one.sources],
     }
 
 
@@ -241,7 +243,9 @@ def _pairs(board: Board) -> dict[str, Any]:
     chosen, found = board.shown_pairs
     accuracy = "accuracy" in board.protocol.measure
     methods = [
-        {"control": one.control, "scores": _packed(one.table.mean(0))} for one in chosen if one.table is not None
+        {"few": not one.control and len(one.seeds) < board.min_seeds, "scores": _packed(one.table.mean(0))}
+        for one in chosen
+        if one.table is not None
     ]
     if found is None:
         return {"accuracy": accuracy, "methods": methods, "pairs": []}
@@ -251,17 +255,15 @@ def _pairs(board: Board) -> dict[str, Any]:
     for i, one in enumerate(chosen):
         for j, other in enumerate(chosen[:i]):
             at = places.get(id(one)), places.get(id(other))
-            p = None
+            p = math.nan
             if board.ranking is not None and at[0] is not None and at[1] is not None:
                 p = float(f"{board.ranking.adjusted[at[0], at[1]]:.3g}")
-            width = float(half[i, j])
-            bounded = found.seeds[i, j] > 0 and math.isfinite(width)
-            value = float(found.value[i, j])
+            width, value = float(half[i, j]), float(found.value[i, j])
             pairs.append([
                 None if math.isnan(value) else round(value, 7),
-                round(width, 7) if bounded else None,
+                round(width, 7) if math.isfinite(width) else None,
                 int(found.seeds[i, j]),
-                p,
+                None if math.isnan(p) else p,
             ])  # fmt: skip
     return {
         "accuracy": accuracy,

@@ -10,10 +10,23 @@ from typing import Any
 import numpy as np
 
 from metabench.cells import in_seconds
-from metabench.leaderboard.collect import LOCAL, Collected, Score, Trust, is_control, plain, tried_key
+from metabench.leaderboard.collect import (
+    LOCAL,
+    MAINTAINERS,
+    Collected,
+    Score,
+    Source,
+    Trust,
+    Unlisted,
+    is_control,
+    plain,
+    tried_key,
+    unlisted_key,
+)
 from metabench.leaderboard.costs import ByRun, Time, flops, of_method, relative, times
 from metabench.leaderboard.protocols import Protocol
 from metabench.stats import Floats, Interval, cluster_interval, seeds_interval
+from metabench.store import FINAL
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,8 +37,9 @@ class Standing:
     its tie groups, where it is ranked; `remarks` say why it is not, and what else a reader must know. `relative` is the
     time of adapting as a multiple of the yardstick's in the same run, `flops` the operations of adapting to one task.
     `tried` counts the configurations of this algorithm that its submitter scored on this task. `barred`: never ranked,
-    as some of its seeds have no result or its budget was in seconds. `status` is ok, or what became of its rows. `card`
-    is its protocol in words.
+    as some of its seeds have no result, its budget was in seconds, or it is a copy. `status` is ok, or what became of
+    its rows. `card` is its protocol in words. `submitter` is who handed it in, of a control all who did; empty where
+    that was whoever builds the board.
     """
 
     label: str
@@ -44,12 +58,17 @@ class Standing:
     times: tuple[Time, ...]
     tried: int
     barred: bool
-    runs: tuple[str, ...]
+    sources: tuple[Source, ...]
     settings: Mapping[str, str]
     card: tuple[tuple[str, str], ...]
     remarks: tuple[str, ...] = ()
     rank: tuple[int, int] | None = None
     group: str = ""
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """The names of the runs that it comes from."""
+        return tuple(dict.fromkeys(source.name for source in self.sources))
 
     @property
     def rank_text(self) -> str:
@@ -61,13 +80,17 @@ class Standing:
 
 
 def methods(scores: Iterable[Score]) -> list[list[Score]]:
-    """Rows of one method: the same submitter, code and settings; controls are pooled whoever ran them."""
+    """Rows of one method: the same submitter, code and settings; controls are pooled whoever ran them.
+
+    Settings are those of the cell's id as well as those that the manifest states: who states two ids' alike would have
+    the seeds of two methods in one row.
+    """
     groups: dict[tuple[Any, ...], list[Score]] = {}
     for score in scores:
         known = score.coordinates
         control = is_control(known["algorithm"])
         who = ("", "") if control else (score.source.submitter, score.code)
-        key = tuple(known[name] for name in ("algorithm", "params", "norm", "precision", "train_spec", "selection"))
+        key = tuple(known[name] for name in ("trained", "params", "norm", "precision", "selection"))
         groups.setdefault((*who, *key), []).append(score)
     return list(groups.values())
 
@@ -81,14 +104,16 @@ def standing(group: Sequence[Score], protocol: Protocol, found: Collected, costs
     control = is_control(known["algorithm"])
     table = np.stack([s.scores for s in good if s.scores is not None]) if good else None
     quality = None if table is None else seeds_interval(table)
-    remarks = [*_remarks(protocol, known, quality, good, bad, doubled, control), *_doubts(good)]
-    submitter = "" if control else first.source.submitter
+    unlisted = [] if control else _unlisted(group, kept, found)
+    copied = list(dict.fromkeys(score.copied for score in good if score.copied))
+    remarks = [*_remarks(protocol, known, quality, good, bad, doubled, control), *_left_out(unlisted), *copied]
     mine = of_method(group, costs)
+    cost = relative(mine, costs)
     tried = max(found.tried.get(tried_key(s.source.submitter, s.coordinates), 1) for s in group)
     made = Standing(
         label=plain(known["algorithm"], 80),
         algorithm=plain(known["algorithm"], 80),
-        submitter=submitter,
+        submitter=submitters(score.source for score in kept),
         control=control,
         trust=_trust(good or kept),
         status="ok" if good else bad[-1].status,
@@ -97,17 +122,48 @@ def standing(group: Sequence[Score], protocol: Protocol, found: Collected, costs
         table=table,
         quality=quality,
         by_class=_by_class(good),
-        relative=relative(mine, costs),
+        relative=cost.ratio if cost else None,
         flops=flops(mine),
         times=times(mine),
         tried=tried,
-        barred=bool(good and bad) or in_seconds(known["train_spec"]),
-        runs=tuple(dict.fromkeys(score.source.name for score in kept)),
+        barred=bool(good and bad) or in_seconds(known["train_spec"]) or bool(copied) or any(map(_failed, unlisted)),
+        sources=tuple(dict.fromkeys(score.source for score in kept)),
         settings=_settings(first),
         card=(),
-        remarks=tuple(remarks),
+        remarks=(*remarks, *_doubts(good)),
     )
-    return replace(made, card=_card(made, first, group, found))
+    return replace(made, card=_card(made, first, group, found, cost.yardstick if cost else ""))
+
+
+def submitters(sources: Iterable[Source]) -> str:
+    """Who handed these runs in: one name, or of a control, which is pooled, several; empty where it was we alone."""
+    names = dict.fromkeys(source.submitter for source in sources)
+    return "" if not any(names) else ", ".join(name or MAINTAINERS for name in names)
+
+
+def _unlisted(group: Sequence[Score], kept: Sequence[Score], found: Collected) -> list[Unlisted]:
+    """Other seeds of the method that were measured and that no plan lists any more, each once; a failure goes first."""
+    keys = dict.fromkeys(unlisted_key(s.source.submitter, s.coordinates, s.measure) for s in group)
+    seeds = {score.coordinates["seed"] for score in kept}
+    others = [one for key in keys for one in found.unlisted.get(key, ()) if one.seed not in seeds]
+    first: dict[int, Unlisted] = {}
+    for one in sorted(others, key=lambda one: (one.seed, not _failed(one))):
+        first.setdefault(one.seed, one)
+    return list(first.values())
+
+
+def _failed(one: Unlisted) -> bool:
+    return one.status not in FINAL
+
+
+def _left_out(unlisted: Sequence[Unlisted]) -> list[str]:
+    """What to say of seeds that were measured and are not shown: who may choose among seeds has the luckiest."""
+    if not unlisted:
+        return []
+    names = ", ".join(str(one.seed) for one in unlisted)
+    failed = ", ".join(f"seed {one.seed} {one.status}" for one in unlisted if _failed(one))
+    said = f"measured, and in the run's plan no more: seed{'s' * (len(unlisted) > 1)} {names}"
+    return [f"{said}; {failed}: not ranked" if failed else said]
 
 
 def _seeds(group: Sequence[Score]) -> tuple[list[Score], int]:
@@ -209,13 +265,15 @@ def _settings(score: Score) -> dict[str, str]:
     return {"train": plain(rest["train_spec"]), **own, "precision": rest["precision"], "code": plain(score.code)}
 
 
-def _card(one: Standing, first: Score, group: Sequence[Score], found: Collected) -> tuple[tuple[str, str], ...]:
-    """Everything that a reader needs to judge the row, or to make it again."""
+def _card(
+    one: Standing, first: Score, group: Sequence[Score], found: Collected, yardstick: str
+) -> tuple[tuple[str, str], ...]:
+    """Everything that a reader needs to judge the row, or to make it again; `yardstick` is what its cost is over."""
     known = first.coordinates
     machines = dict.fromkeys(score.environment for score in group if score.environment)
     codes = dict.fromkeys(score.code for score in group)
     entries: list[tuple[str, object]] = [
-        ("submitted by", one.submitter or "this board's maintainers"),
+        ("submitted by", one.submitter or MAINTAINERS),
         ("trust", one.trust),
         *(("re-run", f"seed {score.coordinates['seed']}: {score.rerun}") for score in group if score.rerun),
         ("runs", ", ".join(one.runs)),
@@ -237,6 +295,7 @@ def _card(one: Standing, first: Score, group: Sequence[Score], found: Collected)
             ", ".join(dict.fromkeys(f"metabench {s.source.run.manifest.get('metabench', '?')}" for s in group)),
         ),
         ("configurations tried", one.tried),
+        ("cost is over", yardstick),
         ("machines", "; ".join(f"{name}: {machine(found.environments.get(name, {}))}" for name in machines)),
     ]
     return tuple((name, plain(value, 1000)) for name, value in entries if value not in ("", None))

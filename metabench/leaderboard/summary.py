@@ -1,19 +1,22 @@
 """Across boards: which method covers what, and one figure over data sets where there are enough of them.
 
 A missing cell stays missing: a method without a result on every board has no aggregate. Tasks from one image source
-count as one data set, since the same images behind 5-way and 20-way tasks are one piece of evidence.
+count as one data set, since the same images behind 5-way and 20-way tasks are one piece of evidence. Streams are a task
+unlike episodes, and stand apart; first presentations, whose labels nobody can know, are in no table here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import count
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from metabench.leaderboard.boards import Board
-from metabench.leaderboard.standings import Standing
+from metabench.leaderboard.collect import plain
+from metabench.leaderboard.standings import Standing, submitters
 from metabench.stats import Floats, Interval, holm, iqm_interval
 
 MIN_SOURCES, MIN_SEEDS = 4, 3  # of an aggregate: the interquartile mean of fewer scores is noise
@@ -44,7 +47,7 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class Summary:
-    """The boards of one mode of normalisation and one way of selecting weights; `remarks` say the limits."""
+    """The boards of one kind of task, mode of normalisation and way of selecting weights; `remarks` say the limits."""
 
     title: str
     boards: tuple[Board, ...]
@@ -54,19 +57,20 @@ class Summary:
 
 
 def summaries(found: Sequence[Board], images: Mapping[str, str] | None = None) -> list[Summary]:
-    """One summary for each mode and selection that has two boards of accuracy or more.
+    """One summary for each kind of task, mode and selection that has two boards of accuracy or more.
 
     `images` names the image source of a data set where it is not the data set's own name.
     """
     known = {**IMAGES, **(images or {})}
-    groups: dict[tuple[str, str], list[Board]] = {}
+    groups: dict[tuple[str, str, bool], list[Board]] = {}
     for board in found:
-        if board.protocol.chance is not None:
-            groups.setdefault((board.protocol.bn_mode, board.protocol.selection), []).append(board)
-    return [_summary(mode, boards, known) for mode, boards in groups.items() if len(boards) > 1]
+        protocol = board.protocol
+        if protocol.chance is not None and protocol.measure != "accuracy_at_1":
+            groups.setdefault((protocol.bn_mode, protocol.selection, bool(protocol.stream)), []).append(board)
+    return [_summary(kind, boards, known) for kind, boards in groups.items() if len(boards) > 1]
 
 
-def _summary(mode: tuple[str, str], boards: Sequence[Board], images: Mapping[str, str]) -> Summary:
+def _summary(kind: tuple[str, str, bool], boards: Sequence[Board], images: Mapping[str, str]) -> Summary:
     origin = [images.get(board.protocol.dataset, board.protocol.dataset) for board in boards]
     names = tuple(dict.fromkeys(origin))
     rows = _entries(boards)
@@ -79,7 +83,9 @@ def _summary(mode: tuple[str, str], boards: Sequence[Board], images: Mapping[str
             f"No aggregate over data sets: it takes {MIN_SOURCES} of them with {MIN_SEEDS} seeds each, and a result on "
             "every board."
         )
-    stars, said = _stars({key: [float(x.mean()) for x in whole[key]] for key in whole if not key[2]}, len(names))
+    remarks += _blocking(rows, boards) if len(names) >= MIN_SOURCES else []
+    able = {key: table for key, table in whole.items() if not key.control and _deep(table)}
+    stars, said = _stars({key: [float(x.mean()) for x in table] for key, table in able.items()}, len(names))
     remarks.append(said)
     entries = []
     for key, standings in rows.items():
@@ -87,9 +93,9 @@ def _summary(mode: tuple[str, str], boards: Sequence[Board], images: Mapping[str
         table = whole.get(key)
         entries.append(
             Entry(
-                label=key[1],
-                submitter=key[0],
-                control=key[2],
+                label=key.label,
+                submitter=submitters(source for one in standings if one for source in one.sources),
+                control=key.control,
                 standings=tuple(standings),
                 covered=sum(have),
                 sources=len({name for name, yes in zip(origin, have, strict=True) if yes}),
@@ -98,8 +104,35 @@ def _summary(mode: tuple[str, str], boards: Sequence[Board], images: Mapping[str
             )
         )
     order = sorted(entries, key=_place)
-    title = {"val": "weights chosen on validation classes", "last": "last weights"}.get(mode[1], "no training")
-    return Summary(f"{mode[0]}, {title}", tuple(boards), tuple(order), len(names), tuple(remarks))
+    mode, selection, streams = kind
+    chosen = {"val": "weights chosen on validation classes", "last": "last weights"}.get(selection, "no training")
+    title = f"{mode}, {chosen}{', streams' if streams else ''}"
+    return Summary(title, tuple(boards), tuple(order), len(names), tuple(remarks))
+
+
+def _blocking(rows: Mapping[_Name, Sequence[Standing | None]], boards: Sequence[Board]) -> list[str]:
+    """Which board alone keeps methods from an aggregate; where no method has them all, which one most of them lack."""
+    lacking = {
+        key: [n for n, one in enumerate(standings) if one is None or one.table is None or one.barred]
+        for key, standings in rows.items()
+        if not key.control
+    }
+    alone: dict[int, list[str]] = {}
+    for key, numbers in lacking.items():
+        if len(numbers) == 1:
+            alone.setdefault(numbers[0], []).append(key.label)
+    said = [
+        f"Without an aggregate only for want of a result that counts on {boards[n].title}: {', '.join(names)}."
+        for n, names in sorted(alone.items())
+    ]
+    if said or not lacking or not all(lacking.values()):
+        return said
+    counts = [sum(n in numbers for numbers in lacking.values()) for n in range(len(boards))]
+    worst = counts.index(max(counts))
+    return [
+        f"No method has a result that counts on every board: {counts[worst]} of {len(lacking)} lack one on "
+        f"{boards[worst].title}."
+    ]
 
 
 def _place(entry: Entry) -> tuple[bool, int, float]:
@@ -109,25 +142,48 @@ def _place(entry: Entry) -> tuple[bool, int, float]:
     return entry.control, -entry.covered, value
 
 
-def _entries(boards: Sequence[Board]) -> dict[tuple[str, str, bool], list[Standing | None]]:
-    """Which standings are one method: by submitter and algorithm where each board has one such row, else by label too.
+class _Name(NamedTuple):
+    """What makes standings on several boards one method; `settings` are those that tell it apart on any board."""
 
-    A submitter with several configurations of an algorithm on a board thus has several entries: the better of them
-    is never picked board by board.
+    submitter: str
+    algorithm: str
+    control: bool
+    settings: tuple[tuple[str, str], ...]
+    number: int  # of standings on one board that nothing here tells apart
+
+    @property
+    def label(self) -> str:
+        return plain(" ".join([self.algorithm, *(f"{name}={value}" for name, value in self.settings if value)]), 160)
+
+
+def _entries(boards: Sequence[Board]) -> dict[_Name, list[Standing | None]]:
+    """Which standings are one method: those of one submitter, algorithm, and settings that differ on any board.
+
+    A submitter with several configurations of an algorithm on some board thus has several entries on all of them: the
+    better of them is never picked board by board, and none is torn apart where it stands alone.
     """
-    single: dict[tuple[str, str], bool] = {}
+    differing: dict[tuple[str, str], set[str]] = {}
     for board in boards:
-        seen: dict[tuple[str, str], int] = {}
+        siblings: dict[tuple[str, str], list[Standing]] = {}
         for one in board.standings:
-            seen[one.submitter, one.algorithm] = seen.get((one.submitter, one.algorithm), 0) + 1
-        for who, count in seen.items():
-            single[who] = single.get(who, True) and count == 1
-    rows: dict[tuple[str, str, bool], list[Standing | None]] = {}
-    for number, board in enumerate(boards):
+            siblings.setdefault(_who(one), []).append(one)
+        for who, ones in siblings.items():
+            names = {name for one in ones for name in one.settings}
+            apart = {name for name in names if len({one.settings.get(name) for one in ones}) > 1}
+            differing.setdefault(who, set()).update(apart)
+    rows: dict[_Name, list[Standing | None]] = {}
+    for place, board in enumerate(boards):
         for one in board.standings:
-            name = one.algorithm if single[one.submitter, one.algorithm] else one.label
-            rows.setdefault((one.submitter, name, one.control), [None] * len(boards))[number] = one
+            told = tuple((name, one.settings.get(name, "")) for name in sorted(differing[_who(one)]))
+            able = (_Name(*_who(one), one.control, told, number) for number in count())
+            found = (rows.setdefault(name, [None] * len(boards)) for name in able)
+            next(row for row in found if row[place] is None)[place] = one
     return rows
+
+
+def _who(one: Standing) -> tuple[str, str]:
+    """Submitter and algorithm; controls are pooled, whoever ran them."""
+    return "" if one.control else one.submitter, one.algorithm
 
 
 def _normalised(
@@ -170,7 +226,10 @@ def _stars(scores: Mapping[Any, Sequence[float]], sources: int) -> tuple[set[Any
             better, worse = (a, b) if np.mean(scores[a]) > np.mean(scores[b]) else (b, a)
             beaten[better].add(worse)
     stars = {name for name in names if len(names) > 1 and len(beaten[name]) == len(names) - 1}
-    return stars, "A star: better than every other complete method over data sets (signed-rank test, Holm, 5 %)."
+    return stars, (
+        f"A star: better than every other complete method with {MIN_SEEDS} seeds over data sets (signed-rank test, "
+        "Holm, 5 %)."
+    )
 
 
 def _signed_rank(a: Sequence[float], b: Sequence[float]) -> float:

@@ -36,6 +36,11 @@
     });
   }
 
+  // a card that opens is a dialog: who cannot see it is taken into it (autofocus would act when the page loads)
+  for (const card of document.querySelectorAll("[popover]")) {
+    card.addEventListener("toggle", (event) => event.newState === "open" && card.querySelector(".close").focus());
+  }
+
   for (const form of document.querySelectorAll("form.filters")) {
     const rows = [...form.parentElement.querySelectorAll("table.standings tbody tr")];
     const show = () => {
@@ -115,11 +120,13 @@
       const equal = gaps.filter((gap) => Math.abs(gap) <= 1e-6).length;
       let text;
       if (!pair || pair.none) {
-        text = `${names[0]} and ${names[1]} share no training seed: there is no paired difference. `;
+        text = `${names[0]} and ${names[1]} share no training seed, and one has too few for a test without: there is no difference to tell. `;
       } else {
         const bounds = pair.half === null ? "" : `, 95 % [${show((pair.value - pair.half) * scale)}, ${show((pair.value + pair.half) * scale)}]`;
-        text = `${names[0]} − ${names[1]}: ${show(pair.value * scale)} ${unit}${bounds}, over ${pair.seeds} shared seed${pair.seeds === 1 ? "" : "s"} and ${gaps.length} episodes. `;
+        const over = pair.seeds === 0 ? "the seeds of each" : `${pair.seeds} shared seed${pair.seeds === 1 ? "" : "s"}`;
+        text = `${names[0]} − ${names[1]}: ${show(pair.value * scale)} ${unit}${bounds}, over ${over} and ${gaps.length} episodes. `;
         if (pair.seeds === 1) text += "One seed says nothing about another training. ";
+        if (pair.p === null && (board.methods[a].few || board.methods[b].few)) text += "Too few seeds to test. ";
         if (pair.p !== null) text += pair.p < 0.05 ? `Told apart (p = ${pair.p} after Holm over ${board.count} pairs). ` : `Not told apart after Holm over ${board.count} pairs (p = ${pair.p}). `;
       }
       text += `Means over seeds: ${names[0]} is better on ${better} episodes, equal on ${equal}, worse on ${gaps.length - better - equal}.`;
