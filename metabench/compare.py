@@ -82,8 +82,9 @@ def compare(
     """The candidate's stored results against the baseline's; both are run folders, folders of runs, or results.csv.
 
     `select`: only rows whose 'cell/measure' holds all of these words; `kinds`: only measures of these kinds, all where
-    none is named. `margins` by kind ("5 points") go before those that the suite declares. `across_machines` compares
-    times of unlike machines as well: the numbers then speak of the machines as much as of the code.
+    none is named. `margins` by kind ("5 points") go before those that a row's suite declares, the candidate's.
+    `across_machines` compares times of unlike machines as well: the numbers then speak of the machines as much as of
+    the code.
 
     Raises:
         StoreError: no results there, or damaged ones.
@@ -93,11 +94,12 @@ def compare(
     check_kinds(kinds)
     base, new = (_only(load(side, select=select), kinds) for side in (baseline, candidate))
     _check_sides(base, new, " ".join([select, *kinds]).strip())
-    thresholds = Thresholds.of(new.thresholds).under(margins)
+    thresholds = {suite: Thresholds.of(new.thresholds.get(suite, {})).under(margins) for suite in new.suites}
     tested: list[Tested | Verdict] = []
     for pairs in _paired_rows(base, new):
         cell = _pooled_name([b for b, _ in pairs])
-        margin = thresholds.margin(pairs[0][0].cell, pairs[0][0].text("algorithm"), pairs[0][0].measure)
+        row = pairs[0][1]
+        margin = thresholds[row.text("suite")].margin(row.cell, row.text("algorithm"), row.measure)
         tested.append(_judge(cell, pairs, margin, across_machines))
     verdicts = decide(tested)
     found = Findings(
@@ -226,11 +228,18 @@ def _absent(base: Side, new: Side) -> Iterable[Absent]:
             status = "missing" if found.status == "skipped" else found.status
             yield Absent(cell=row.cell, measure=row.measure, status=status, reason=found.reason)
     for key, row in new.rows.items():
-        if (key not in base.rows or base.rows[key].status != "ok") and row.measure not in NOT_COMPARED:
-            if row.status == "ok":
-                yield Absent(cell=row.cell, measure=row.measure, status="new", reason="only the candidate has it")
-            elif row.status != "skipped" and key not in base.rows:
-                yield Absent(cell=row.cell, measure=row.measure, status=row.status, reason=row.reason)
+        before = base.rows.get(key)
+        if (before is not None and before.status == "ok") or row.measure in NOT_COMPARED:
+            continue
+        if row.status == "ok":
+            yield Absent(cell=row.cell, measure=row.measure, status="new", reason="only the candidate has it")
+        elif not _no_news(before, row):
+            yield Absent(cell=row.cell, measure=row.measure, status=row.status, reason=row.reason)
+
+
+def _no_news(before: Result | None, after: Result) -> bool:
+    """Whether a row without a result in the candidate was none before: it failed there too, or it is only skipped."""
+    return after.status == "skipped" or (before is not None and before.status not in ("ok", "skipped"))
 
 
 def _given(margins: Mapping[str, str]) -> Iterable[str]:
@@ -245,7 +254,8 @@ def _untimed(row: Result) -> bool:
 
 def _notes(base: Side, new: Side, tested: Sequence[Tested | Verdict]) -> Iterable[str]:
     yield from (*base.notes, *new.notes)
-    if base.thresholds != new.thresholds:
+    both_have = set(base.suites) & set(new.suites)
+    if any(base.thresholds.get(suite, {}) != new.thresholds.get(suite, {}) for suite in both_have):
         yield "the two sides declare different thresholds: the candidate's hold"
     family = sum(isinstance(row, Tested) and bool(row.sources) and not row.held for row in tested)
     if family:
@@ -255,8 +265,8 @@ def _notes(base: Side, new: Side, tested: Sequence[Tested | Verdict]) -> Iterabl
         )
     if untimed := sum(_untimed(row) for row in new.rows.values()):
         yield f"the candidate loaded weights instead of training: {untimed} training times are not compared"
-    both = [key for key, row in base.rows.items() if row.status != "ok" and key in new.rows]
-    if left := sum(new.rows[key].status != "ok" for key in both):
+    both = [(row, new.rows[key]) for key, row in base.rows.items() if row.status != "ok" and key in new.rows]
+    if left := sum(after.status != "ok" and _no_news(before, after) for before, after in both):
         yield f"{left} rows have no result on either side"
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -21,6 +22,18 @@ from metabench.verdict_report import junit, testcase
 
 SMALLER, BIGGER = "customSmallerIsBetter.json", "customBiggerIsBetter.json"
 NANOSECONDS = 1e9  # bencher's own unit of latency
+
+
+@dataclass(frozen=True)
+class Format:
+    """What another tool reads: `make` gives the files' text by name, none where there is nothing for it.
+
+    `folder`: it may be several files, so they always go into a folder. `needs` says what it takes that a side may lack.
+    """
+
+    make: Callable[[Side], dict[str, str]]
+    folder: bool = False
+    needs: str = ""
 
 
 def export(paths: Sequence[Path], to: str, *, select: str = "") -> dict[str, str]:
@@ -34,15 +47,19 @@ def export(paths: Sequence[Path], to: str, *, select: str = "") -> dict[str, str
     if to not in FORMATS:
         raise ConfigError(f"--to {to}: no such format{did_you_mean(to, FORMATS)}")
     side = load(paths, select=select)
-    files = FORMATS[to](side)
+    files = FORMATS[to].make(side)
     if not files:
-        raise NothingRan(f"{side.name}: nothing that {to} could hold{NEEDS[to]}")
+        raise NothingRan(f"{side.name}: nothing that {to} could hold{FORMATS[to].needs}")
     return files
 
 
-def write(files: Mapping[str, str], out: Path) -> list[Path]:
-    """Write one file to `out`, or several into that folder; where they are. Raises ConfigError where that fails."""
-    places = {out if len(files) == 1 else out / name: text for name, text in files.items()}
+def write(files: Mapping[str, str], to: str, out: Path) -> list[Path]:
+    """Write the files for a tool to `out`, a file, or a folder where the format is one; where they are.
+
+    Raises:
+        ConfigError: that cannot be written.
+    """
+    places = {out / name if FORMATS[to].folder else out: text for name, text in files.items()}
     try:
         for place, text in places.items():
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -147,15 +164,9 @@ def _json(content: object) -> str:
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-FORMATS: Mapping[str, Callable[[Side], dict[str, str]]] = {
-    "pyperf": _pyperf,
-    "github-action-benchmark": _github_action_benchmark,
-    "bencher": _bencher,
-    "junit": _junit,
-}
-NEEDS = {
-    "pyperf": ": it takes the times of kernels, process by process, from a run's folder",
-    "github-action-benchmark": "",
-    "bencher": "",
-    "junit": "",
+FORMATS: Mapping[str, Format] = {
+    "pyperf": Format(_pyperf, needs=": it takes the times of kernels, process by process, from a run's folder"),
+    "github-action-benchmark": Format(_github_action_benchmark, folder=True),
+    "bencher": Format(_bencher),
+    "junit": Format(_junit),
 }

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -123,49 +123,59 @@ class Home:
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """The rows of a side by key; `thresholds` as the newest run declares them, {} where nothing is declared."""
+    """The rows of a side by key; `thresholds` by suite, as its newest run declares them, lacking where none does."""
 
     name: str
     suites: tuple[str, ...]
     rows: Mapping[Key, Result]
-    thresholds: Mapping[str, Any]
+    thresholds: Mapping[str, Mapping[str, Any]]
     notes: tuple[str, ...] = ()
 
 
 def load(paths: Sequence[Path], *, select: str = "") -> Side:
-    """One side from one or several places; of rows that several runs hold, the newest run's wins.
+    """One side from one or several places; of a row that several runs hold, the newest finished one counts.
 
-    Only rows whose 'cell/measure' holds every word of `select`.
+    A run is as new as its manifest says, wherever it stands among `paths`; a results.csv, which has no date, is older
+    than any. Only rows whose 'cell/measure' holds every word of `select`.
 
     Raises:
         StoreError: not results, damaged ones, numbers that are none, or rows that stand twice in one file.
     """
-    homes = [home for path in paths for home in _homes(path)]
+    homes = sorted((home for path in paths for home in _homes(path)), key=lambda home: home.at)
     rows: dict[Key, Result] = {}
-    twice = 0
+    twice: set[Key] = set()
+    behind: set[Key] = set()  # a newer run has no result
     suites: dict[str, None] = {}
-    thresholds: Mapping[str, Any] = {}
-    for found, declared in homes:
-        for row in found:
+    for home in homes:
+        for row in home.rows:
             suites[row.text("suite")] = None
             if not matches(f"{row.cell}/{row.measure}", select):
                 continue
-            twice += row.key in rows
+            twice |= {row.key} & rows.keys()
             if row.key not in rows or row.status == "ok" or rows[row.key].status != "ok":
-                rows[row.key] = row  # a failure never hides an earlier result
-        thresholds = declared if declared is not None else thresholds
+                rows[row.key] = row
+                behind.discard(row.key)
+            else:
+                behind.add(row.key)  # a failure never hides an earlier result
     name = ", ".join(str(path) for path in paths)
-    notes = (f"{twice} rows of {name} stand in several runs: the newest run's count",) if twice else ()
-    return Side(name=name, suites=tuple(suites), rows=rows, thresholds=thresholds, notes=notes)
+    thresholds = {suite: declared for home in homes for suite, declared in home.thresholds.items()}
+    notes = [f"{len(twice)} rows of {name} stand in several runs: the newest finished one counts"] if twice else []
+    notes += [f"{len(behind)} rows of {name} have no result in a newer run: the earlier one counts"] if behind else []
+    return Side(name=name, suites=tuple(suites), rows=rows, thresholds=thresholds, notes=tuple(notes))
 
 
-_Found = tuple[Iterable[Result], Mapping[str, Any] | None]  # rows, and the thresholds where they can be declared
+class _Found(NamedTuple):
+    """The rows of one place, the thresholds by suite that it declares, and when it was made ('' where it says not)."""
+
+    rows: Iterable[Result]
+    thresholds: Mapping[str, Mapping[str, Any]]
+    at: str
 
 
 def _homes(path: Path) -> list[_Found]:
-    """The places that a path names, oldest first: a run, a results.csv, or every run in a folder."""
+    """The places that a path names: a run, a results.csv, or every run in a folder."""
     if path.is_file():
-        return [(_of_csv(path), None)]
+        return [_Found(_of_csv(path), {}, "")]
     if (path / "manifest.json").is_file():
         return [_of_run(path)]
     inside = sorted(p for p in path.iterdir() if (p / "manifest.json").is_file()) if path.is_dir() else []
@@ -180,10 +190,11 @@ def _homes(path: Path) -> list[_Found]:
 
 def _of_run(path: Path) -> _Found:
     run = Run.open(path)
+    suite = str(run.manifest["suite"])
     home = Home(path=run.path, environments=run.environments(), run=run)
     try:
         sources = {(row["cell"], row["measure"], row["hash"]): row.get("sources", "") for row in run.manifest["rows"]}
-        known = {cell: {**found, "suite": run.manifest["suite"]} for cell, found in run.manifest["cells"].items()}
+        known = {cell: {**found, "suite": suite} for cell, found in run.manifest["cells"].items()}
         seeds = {cell: int(found.get("seed") or 0) for cell, found in known.items()}
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise StoreError(f"{path / 'manifest.json'}: damaged ({error!r}); the run cannot be read") from error
@@ -211,7 +222,8 @@ def _of_run(path: Path) -> _Found:
             )
 
     declared = run.manifest.get("thresholds")
-    return rows(), declared if isinstance(declared, dict) else None
+    thresholds = {suite: declared} if isinstance(declared, dict) else {}
+    return _Found(rows(), thresholds, str(run.manifest.get("at") or ""))
 
 
 def _of_csv(path: Path) -> Iterator[Result]:

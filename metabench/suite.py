@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from metabench.catalogue import NAME, Catalogue, Plugin, Value, catalogue
 from metabench.cells import (
+    DEVICES,
     KERNEL_MEASURES,
     Call,
     Cell,
@@ -22,6 +24,7 @@ from metabench.cells import (
     TrainSpec,
     explicit,
     make_cell,
+    matches,
     merge_training,
     no_match,
     train_spec,
@@ -181,7 +184,7 @@ class _Choice:
 
     plugin: Plugin
     params: Mapping[str, Value]
-    train: Mapping[str, float]
+    train: Mapping[str, Value]
     where: Where
 
 
@@ -282,7 +285,7 @@ class _Expansion:
                         self._add(where, task, choice, [place])
 
     def _check_whole(self) -> None:
-        """Report an unknown reference and, unless other mistakes may be why, an empty suite."""
+        """Report unknown names and, unless other mistakes may be why, an empty suite and margins of no cell."""
         reference, clean = self.entry.reference, not self.document.problems
         if clean and not self.found:
             self.document.report((), "the suite has no cells: add a grid of tasks and algorithms, or cells")
@@ -291,6 +294,23 @@ class _Expansion:
             self.document.report(
                 ("reference",), f"reference {reference!r} is no algorithm of the suite{did_you_mean(reference, names)}"
             )
+        for n, override in enumerate(self.entry.thresholds.overrides):
+            where, name = ("thresholds", "overrides", n), override.algorithm
+            if name is not None and name not in names:
+                hint = did_you_mean(name, names)
+                self.document.report((*where, "algorithm"), f"{name!r} is no algorithm of the suite{hint}")
+            elif clean and self.found and (problem := self._fits_none(name, override.match)):
+                self.document.report((*where, "match"), problem)
+
+    def _fits_none(self, algorithm: str | None, match: str) -> str:
+        """Why no cell (of an algorithm) has all words of a margin's `match` in its id, or ''."""
+        cells = [cell for cell in self.found if algorithm in (None, cell.algorithm)]
+        if any(matches(one, match) for cell in cells for one in _ids(cell, match)):
+            return ""
+        parts = {part for cell in cells for part in re.findall(r"[^][/,=]+", cell.id)}
+        hints = [did_you_mean(word, parts) for word in match.split() if not any(word in cell.id for cell in cells)]
+        hint = next((hint for hint in hints if "did you mean" in hint), "")
+        return f"match {match!r} fits no cell{f' of {algorithm}' if algorithm else ' of the suite'}{hint}"
 
     def _placed_tasks(self, entries: Iterable[tuple[Where, TaskEntry]]) -> list[tuple[Where, Task]]:
         return [(where, task) for where, entry in entries for task in self._tasks(where, entry)]
@@ -411,6 +431,15 @@ class _Expansion:
         if key in self.train:
             return ("train", key)
         return choice.where if not key or key in choice.plugin.meta["train"] else (*task, key)
+
+
+def _ids(cell: Cell, words: str) -> Iterator[str]:
+    """The ids that a cell has on every device and, of the seeds, with its own and those among the words.
+
+    A run may be asked for other devices and seeds than the suite lists.
+    """
+    seeds = {cell.seed, *map(int, re.findall(r"seed([0-9]{1,18})", words))}
+    return (replace(cell, device=device, seed=seed).id for device in DEVICES for seed in seeds)
 
 
 def _task_problems(task: Task, *, validates: bool) -> Iterator[tuple[str, str]]:

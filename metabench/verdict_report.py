@@ -12,9 +12,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 from xml.etree import ElementTree
 
 from rich.console import Console
@@ -23,11 +23,12 @@ from rich.text import Text
 
 from metabench.errors import ConfigError, did_you_mean
 from metabench.spreadsheet import table
-from metabench.verdicts import ORDER, Absent, Findings, Outcome, Scale, Verdict, overall
+from metabench.verdicts import ORDER, Absent, Findings, Outcome, Scale, Verdict, conclude
 
 FORMATS = ("table", "md", "csv", "json")
 SCHEMA_VERSION = 1
 SUMMARY_BYTES = 1024 * 1024  # GitHub aborts the upload of a longer summary
+OUTPUT, SUMMARY = "GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY"
 BRIEF, BRIEF_ROWS = ("inconclusive", "incomparable", "unchanged"), 10  # how many of these a terminal is shown
 FIELDS = (
     "outcome", "cell", "measure", "change", "low", "high", "margin", "detectable", "scale", "small", "reason",
@@ -42,13 +43,17 @@ STYLES: Mapping[Outcome, str] = {
 _UNPRINTABLE = re.compile(r"[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # what XML 1.0 cannot hold
 
 
-def render(findings: Sequence[Findings], format: str, *, width: int = 80) -> str:
-    """The findings as text: table (at most `width` columns), md, csv or json. Raises ConfigError for another format."""
+def render(findings: Sequence[Findings], format: str, *, width: int = 80, fail_on: Collection[str] = ()) -> str:
+    """The findings as text: table (at most `width` columns), md, csv or json, whose verdict minds `fail_on`.
+
+    Raises:
+        ConfigError: another format.
+    """
     check_format(format)
     if format == "csv":
         return as_csv(findings)
     if format == "json":
-        return as_json(findings)
+        return as_json(findings, fail_on)
     if format == "md":
         return "\n".join(as_markdown(one) for one in findings)
     console = Console(width=width, file=io.StringIO(), highlight=False, emoji=False, color_system=None)
@@ -240,12 +245,15 @@ def _records(one: Findings) -> Iterable[dict[str, object]]:
         yield {"comparison": one.title, "outcome": absent.status, **vars(absent)}
 
 
-def as_json(findings: Sequence[Findings]) -> str:
-    """{"schema_version": 1, "comparisons": [{"title", "verdict", "rows", "joint", "absent", "notes", ...}]}."""
+def as_json(findings: Sequence[Findings], fail_on: Collection[str] = ()) -> str:
+    """{"schema_version": 1, "comparisons": [{"title", "verdict", "rows", "joint", "absent", "notes", ...}]}.
+
+    The verdict is the gate's word for that comparison, as `conclude` gives it.
+    """
     content = [
         {
             "title": one.title,
-            "verdict": overall(one.verdicts),
+            "verdict": conclude([one], fail_on)[0],
             "rows": [{field: getattr(row, field) for field in FIELDS} for row in one.sorted],
             "joint": [vars(joint) for joint in one.joint],
             "absent": [vars(absent) for absent in one.absent],
@@ -299,13 +307,15 @@ def junit(suites: Mapping[str, Sequence[ElementTree.Element]]) -> str:
 
 def write_junit(file: Path, findings: Sequence[Findings]) -> None:
     """Write the JUnit XML. Raises ConfigError where the file cannot be written."""
-    _write(file, as_junit(findings))
+    _write(file, as_junit(findings), "w")
 
 
-def _write(file: Path, text: str) -> None:
+def _write(file: Path, text: str, mode: Literal["w", "a"]) -> None:
+    """Write or append. Raises ConfigError where that fails."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
+        with file.open(mode, encoding="utf-8") as out:
+            out.write(text)
     except OSError as error:
         raise ConfigError(f"{file}: cannot be written ({error.strerror or error})") from error
 
@@ -338,44 +348,90 @@ def _printable(text: str) -> str:
 # what GitHub listens to
 
 
-def publish(findings: Sequence[Findings], verdict: str, *, environ: Mapping[str, str] = os.environ) -> str | None:
-    """Tell the CI system what was found; returns the one annotation line to print, or None outside GitHub Actions.
+class Told(NamedTuple):
+    """How a CI system was told: the one annotation line to print, if there is one, and what could not be written."""
 
-    Appends Markdown to GITHUB_STEP_SUMMARY, as much as its cap leaves room for, and `verdict=` to GITHUB_OUTPUT.
-    `verdict` is one of the outcomes, "failed", "contaminated" or "missing"; see `publish_error` for "error".
+    annotation: str | None
+    unwritten: tuple[str, ...] = ()
+
+
+def check_places(junit_file: Path | None, *, environ: Mapping[str, str] = os.environ) -> None:
+    """Try the files that `publish` writes, before anything is measured in vain.
+
+    Raises:
+        ConfigError: one cannot be written.
     """
-    if summary := environ.get("GITHUB_STEP_SUMMARY"):
-        file = Path(summary)
-        room = SUMMARY_BYTES - (file.stat().st_size if file.is_file() else 0)
-        for one in findings:
-            text = as_markdown(one, limit=room - 1) if room > 1000 else ""
-            room -= len(text.encode())
-            _append(file, text)
-    if output := environ.get("GITHUB_OUTPUT"):
-        _append(Path(output), f"verdict={verdict}\n")
-    return annotation(findings, verdict) if environ.get("GITHUB_ACTIONS") == "true" else None
+    for file in (junit_file, *(Path(environ[name]) for name in (OUTPUT, SUMMARY) if environ.get(name))):
+        # a pipe is left alone: its reader would take the end of the trial for the end
+        if file is not None and not (file.is_fifo() or file.is_char_device()):
+            _write(file, "", "a")
+
+
+def publish(
+    findings: Sequence[Findings],
+    verdict: str,
+    junit_file: Path | None = None,
+    *,
+    environ: Mapping[str, str] = os.environ,
+) -> Told:
+    """Tell the CI system what was found, the verdict first: what cannot be written keeps nothing else from it.
+
+    Appends `verdict=` to GITHUB_OUTPUT, and Markdown to GITHUB_STEP_SUMMARY as much as its cap leaves room for; writes
+    the JUnit file. `verdict` is one of the outcomes, "failed", "contaminated" or "missing"; see `publish_error` for
+    "error". There is an annotation in GitHub Actions alone, and none where all is well.
+    """
+    unwritten: list[str] = []
+    with _noting(unwritten):
+        _set_verdict(verdict, environ)
+    with _noting(unwritten):
+        if junit_file is not None:
+            write_junit(junit_file, findings)
+    with _noting(unwritten):
+        _summarize(findings, environ)
+    line = annotation(findings, verdict) if environ.get("GITHUB_ACTIONS") == "true" else None
+    return Told(line, tuple(unwritten))
 
 
 def publish_error(message: str, junit_file: Path | None, *, environ: Mapping[str, str] = os.environ) -> str | None:
     """`publish` for a check that ended in an error, so that no workflow reads an empty verdict: it is "error".
 
-    Also writes the JUnit file, with one test case, an error. What cannot be written is left: the error itself is told
-    on standard error anyhow. Returns the annotation line, or None outside GitHub Actions.
+    The JUnit file has one test case, an error. What cannot be written is left: the error itself is told on standard
+    error anyhow. Returns the annotation line, or None outside GitHub Actions.
     """
-    if junit_file is not None:
-        with contextlib.suppress(ConfigError):
-            _write(junit_file, junit({"metabench check": [testcase("metabench", "check", "error", message)]}))
-    told = {
-        "GITHUB_STEP_SUMMARY": f"## metabench check\n\n**error**: {_escaped(message)}\n",
-        "GITHUB_OUTPUT": "verdict=error\n",
-    }
-    for name, text in told.items():
-        if file := environ.get(name):
-            with contextlib.suppress(OSError):
-                _append(Path(file), text)
-    return (
-        f"::error title=metabench%3A error::{_workflow(message)}" if environ.get("GITHUB_ACTIONS") == "true" else None
-    )
+    with contextlib.suppress(ConfigError):
+        _set_verdict("error", environ)
+    with contextlib.suppress(ConfigError):
+        if junit_file is not None:
+            _write(junit_file, junit({"metabench check": [testcase("metabench", "check", "error", message)]}), "w")
+    with contextlib.suppress(ConfigError):
+        if summary := environ.get(SUMMARY):
+            _write(Path(summary), f"## metabench check\n\n**error**: {_escaped(message)}\n", "a")
+    line = f"::error title=metabench%3A error::{_workflow(message)}"
+    return line if environ.get("GITHUB_ACTIONS") == "true" else None
+
+
+@contextlib.contextmanager
+def _noting(unwritten: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except (ConfigError, OSError) as error:
+        unwritten.append(str(error))
+
+
+def _set_verdict(verdict: str, environ: Mapping[str, str]) -> None:
+    if output := environ.get(OUTPUT):
+        _write(Path(output), f"verdict={verdict}\n", "a")
+
+
+def _summarize(findings: Sequence[Findings], environ: Mapping[str, str]) -> None:
+    if not (summary := environ.get(SUMMARY)):
+        return
+    file = Path(summary)
+    room = SUMMARY_BYTES - (file.stat().st_size if file.is_file() else 0)
+    for one in findings:
+        text = as_markdown(one, limit=room - 1) if room > 1000 else ""
+        room -= len(text.encode())
+        _write(file, text, "a")
 
 
 def annotation(findings: Sequence[Findings], verdict: str) -> str | None:
@@ -397,8 +453,3 @@ def annotation(findings: Sequence[Findings], verdict: str) -> str | None:
 
 def _workflow(text: str) -> str:
     return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
-
-
-def _append(file: Path, text: str) -> None:
-    with file.open("a", encoding="utf-8") as out:
-        out.write(text)

@@ -17,8 +17,10 @@ import pytest
 from conftest import environ, metabench, started, write_learner, write_suite
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from stored_runs import Stored
 
 from metabench import cli
+from metabench import compare as comparison
 from metabench.report.model import RESULT_COLUMNS
 from metabench.store import Run
 
@@ -273,6 +275,142 @@ def test_a_report_of_an_empty_run_is_a_header(call, folder):
     done = call("report", folder, "-f", "csv")
     assert done.code == 0
     assert done.out.splitlines() == [",".join(RESULT_COLUMNS)]
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sides(tmp_path):
+    """Runs of counts by name: the base, an equal one, one that is worse, one of accuracies alone."""
+    made = {"base": Stored().count(10), "equal": Stored().count(10), "worse": Stored().count(11)}
+    made["scores"] = Stored().quality([0.5, 0.25, 0.75])
+    return {name: run.at(tmp_path, name) for name, run in made.items()}
+
+
+def question(sides, candidate, *more):
+    """A check of stored results, in words."""
+    return ["check", "--baseline", sides["base"], "--candidate", sides[candidate], *more]
+
+
+@pytest.mark.parametrize(("candidate", "code"), [("worse", 1), ("equal", 0)])
+@pytest.mark.parametrize("closed", [["stdout"], ["stdout", "stderr"]], ids=" and ".join)
+def test_a_check_whose_reader_has_enough_keeps_its_verdict(sides, tmp_path, candidate, code, closed):
+    told = {"GITHUB_OUTPUT": str(tmp_path / "output"), "GITHUB_STEP_SUMMARY": str(tmp_path / "summary")}
+    command = [sys.executable, "-m", "metabench", *question(sides, candidate, "--junit", tmp_path / "junit.xml")]
+    read, write = os.pipe()
+    os.close(read)
+    streams = {"stderr": subprocess.PIPE, **dict.fromkeys(closed, write)}
+    done = subprocess.run([*map(str, command)], **streams, text=True, env=environ(**told), check=False)
+    os.close(write)
+    assert done.returncode == code, done.stderr
+    verdict = "regressed" if code else "unchanged"
+    assert (tmp_path / "output").read_text() == f"verdict={verdict}\n"
+    assert verdict in (tmp_path / "summary").read_text()
+    assert f'failures="{code}"' in (tmp_path / "junit.xml").read_text()
+    assert done.stderr is None or done.stderr.endswith(f"verdict: {verdict}\n")
+
+
+def test_compare_whose_reader_has_enough_is_no_failure(sides):
+    command = [sys.executable, "-m", "metabench", "compare", str(sides["base"]), str(sides["worse"])]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env=environ(), check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")  # noqa: PTH110
+@pytest.mark.parametrize(("candidate", "code"), [("worse", 1), ("equal", 2)])
+def test_a_verdict_that_cannot_be_printed_stands_and_a_pass_is_an_error(sides, tmp_path, candidate, code):
+    command = [sys.executable, "-m", "metabench", *map(str, question(sides, candidate))]
+    told = environ(GITHUB_OUTPUT=str(tmp_path / "output"))
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=told, check=False)
+    assert done.returncode == code, done.stderr
+    assert "No space left" in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "output").read_text() == f"verdict={'regressed' if code == 1 else 'unchanged'}\n"
+
+
+@pytest.mark.parametrize("name", ["GITHUB_STEP_SUMMARY", "GITHUB_OUTPUT"])
+def test_a_file_that_cannot_be_written_is_found_before_the_check(call, sides, tmp_path, monkeypatch, name):
+    compared = []
+    monkeypatch.setattr("metabench.compare.compare", lambda *sides, **options: compared.append(sides))
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(name, str(tmp_path / "file" / "below"))
+    refused(call(*question(sides, "worse")), "below: cannot be written")
+    assert not compared
+
+
+@pytest.mark.parametrize(("candidate", "code"), [("worse", 1), ("equal", 2)])
+def test_a_file_that_cannot_be_written_in_the_end_leaves_a_verdict_s_code(
+    call, sides, tmp_path, monkeypatch, candidate, code
+):
+    junit, output = tmp_path / "reports/junit.xml", tmp_path / "output"
+    compare = comparison.compare
+
+    def and_spoil(*sides, **options):
+        junit.unlink()
+        junit.mkdir()
+        return compare(*sides, **options)
+
+    monkeypatch.setattr(comparison, "compare", and_spoil)
+    monkeypatch.setenv("GITHUB_OUTPUT", str(output))
+    done = call(*question(sides, candidate, "--junit", junit))
+    verdict = "regressed" if code == 1 else "unchanged"
+    assert (done.code, output.read_text()) == (code, f"verdict={verdict}\n")
+    assert verdict in done.out
+    assert "error: " in done.err and "junit.xml: cannot be written" in done.err
+    assert done.err.endswith(f"verdict: {verdict}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--measure-identical"], "--measure-identical: for a live check"),
+        (["--data-root", "."], "--data-root: for a live check"),
+        (["--measure-identical", "--data-root", "."], "--measure-identical and --data-root: for a live check"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_only_a_live_check_minds_is_refused_for_stored_results(call, sides, words, said):
+    refused(call(*question(sides, "equal", *words)), said)
+
+
+def test_a_folder_with_data_from_the_environment_is_for_all_commands(call, sides, monkeypatch):
+    monkeypatch.setenv("METABENCH_DATA", "somewhere")
+    assert call(*question(sides, "equal")).code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--base", "HEAD", "--base-python", "python"], "--base and --base-python ask for two comparisons"),
+        (["--base", "HEAD", "--fail-on", "inconclusive,missing"], "--fail-on missing is for stored results"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_a_live_check_cannot_mind_is_refused(call, words, said):
+    refused(call("check", "kernels-smoke", *words), said)
+
+
+def test_the_verdict_in_json_minds_fail_on(call, sides):
+    done = call(*question(sides, "scores", "-f", "json"))
+    assert done.code == 3  # nothing in common
+    done = call(*question(sides, "equal", "-f", "json"))
+    assert json.loads(done.out)["comparisons"][0]["verdict"] == "unchanged"
+    both = call("check", "--baseline", sides["base"], "--baseline", sides["scores"], *question(sides, "equal")[3:],
+                "-f", "json", "--fail-on", "missing")  # fmt: skip
+    assert (both.code, json.loads(both.out)["comparisons"][0]["verdict"]) == (4, "missing")
+
+
+def test_a_folder_is_a_folder_for_one_file_too(call, sides, tmp_path):
+    done = call("export", sides["scores"], "--to", "github-action-benchmark", "--out", tmp_path / "out")
+    assert done.code == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["customBiggerIsBetter.json"]
+    again = call("export", sides["base"], "--to", "github-action-benchmark", "--out", tmp_path / "out")
+    assert (again.code, len([*(tmp_path / "out").iterdir()])) == (0, 2)
+    refused(call("export", sides["scores"], "--to", "github-action-benchmark"), "name a folder for them with --out")
 
 
 # --- data -------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import zipfile
 from dataclasses import replace
@@ -481,6 +482,15 @@ def test_what_fails_on_both_sides_is_no_news(against):
     assert "1 rows have no result on either side" in found.notes
 
 
+@pytest.mark.parametrize("status", ["failed", "diverged", "timeout"])
+def test_what_the_baseline_skipped_and_the_candidate_failed_is_told(against, status):
+    cell = "m/d/t/n/cpu-float32/seed0"
+    base = Stored().quality(HARD).row(cell, "accuracy", status="skipped", reason="no CUDA")
+    found = against(base, Stored().quality(HARD).row(cell, "accuracy", status=status, reason="x"))
+    assert [(row.cell, row.status, row.reason) for row in found.failed] == [(cell, status, "x")]
+    assert not any("on either side" in note for note in found.notes)
+
+
 def test_nothing_in_common_is_said(against):
     with pytest.raises(NothingRan, match="none in common"):
         against(Stored().quality(HARD), Stored().count(1))
@@ -515,6 +525,25 @@ def test_margins_come_from_the_candidate_s_suite(against):
         "protonet": ("unchanged", 0.05),
     }
     assert any("different thresholds" in note for note in found.notes)
+
+
+def test_with_several_suites_on_a_side_each_row_has_the_margins_of_its_own(tmp_path):
+    declared = {"one": {"counts": "50%"}, "two": None}
+    made = {}
+    for name, value in (("base", 100), ("candidate", 110)):
+        made[name] = []
+        for suite, measure in (("one", "adapt_flops"), ("two", "adapt_bytes")):
+            run = Stored(suite, thresholds=declared[suite]).count(value, measure).at(tmp_path, f"{name}-{suite}")
+            manifest = json.loads((run / "manifest.json").read_text())
+            (run / "manifest.json").write_text(json.dumps({"thresholds": {}, **manifest}))  # as `run` writes it
+            made[name].append(run)
+    expected = {"adapt_flops": ("unchanged", 50.0), "adapt_bytes": ("regressed", 0.0)}
+    for candidate in (made["candidate"], made["candidate"][::-1]):
+        found = compare(made["base"], candidate)
+        assert {v.measure: (v.outcome, v.margin) for v in found.verdicts} == expected
+        assert not any("different thresholds" in note for note in found.notes)
+    found = compare(made["base"], made["candidate"], margins={"counts": "20%"})
+    assert {v.outcome for v in found.verdicts} == {"unchanged"}
 
 
 def test_a_csv_says_what_its_run_says(tmp_path):

@@ -51,7 +51,8 @@ def test_pyperf_itself_loads_and_compares_ours(tmp_path):
 
     paths = []
     for name, factor in (("base", 1.0), ("slow", 1.25)):
-        paths += write(export([run(tmp_path, factor, name)], "pyperf", select="adapt_"), tmp_path / f"{name}.json")
+        found = export([run(tmp_path, factor, name)], "pyperf", select="adapt_")
+        paths += write(found, "pyperf", tmp_path / f"{name}.json")
     suite = pyperf.BenchmarkSuite.load(str(paths[0]))
     (one,) = suite.get_benchmarks()
     assert (one.get_name(), one.get_nrun(), one.get_unit()) == (f"{CELL} adapt_time", 5, "second")
@@ -85,6 +86,14 @@ def test_github_action_benchmark_gets_a_file_per_direction(files):
 
 def test_github_action_benchmark_gets_no_empty_list(files):
     assert list(files("github-action-benchmark", select="accuracy")) == ["customBiggerIsBetter.json"]
+
+
+@pytest.mark.parametrize("select", ["", "accuracy"])
+def test_github_action_benchmark_gets_a_folder_however_many_files_there_are(files, tmp_path, select):
+    found = files("github-action-benchmark", select=select)
+    places = write(found, "github-action-benchmark", tmp_path / "out")
+    assert sorted(places) == sorted(tmp_path / "out" / name for name in found)
+    assert all(json.loads(place.read_text()) for place in places)
 
 
 def test_bencher_gets_latency_in_nanoseconds(files):
@@ -124,4 +133,4 @@ def test_mistakes(tmp_path):
     with pytest.raises(NothingRan):
         export([path], "junit", select="nosuch")
     with pytest.raises(ConfigError, match="cannot be written"):
-        write({"a": "x"}, path / "manifest.json" / "b")
+        write({"a": "x"}, "bencher", path / "manifest.json" / "b")

@@ -173,6 +173,53 @@ def test_a_failure_never_hides_an_earlier_result(tmp_path):
     assert (row.status, row.value) == ("ok", 10)
 
 
+def dated(run, at):
+    """The same run, whose manifest says that it was made then."""
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps({**manifest, "at": at}))
+    return run
+
+
+OLD, NEW = "2026-01-01T00:00:00+00:00", "2026-02-01T00:00:00+00:00"
+
+
+def test_the_date_in_the_manifest_says_which_run_is_the_newest(tmp_path):
+    old = dated(Stored(thresholds={"time": "9%"}).count(10).at(tmp_path, "runs"), OLD)
+    new = dated(Stored(thresholds={"time": "3%"}).count(12).at(tmp_path, "runs"), NEW)
+    old, new = old.rename(old.with_name("z")), new.rename(new.with_name("a"))
+    (old.parent / "latest").unlink()
+    for paths in ([old, new], [new, old], [old.parent]):
+        side = load(paths)
+        assert [row.value for row in side.rows.values()] == [12]
+        assert side.thresholds == {"s": {"time": "3%"}}
+        (note,) = side.notes
+        assert note.startswith("1 rows of ") and note.endswith(" stand in several runs: the newest finished one counts")
+
+
+def test_a_csv_has_no_date_and_is_older_than_any_run(tmp_path):
+    file = as_csv(Stored().count(10).at(tmp_path, "a"), tmp_path / "csv")
+    run = dated(Stored().count(12).at(tmp_path, "b"), OLD)
+    for paths in ([file, run], [run, file]):
+        assert [row.value for row in load(paths).rows.values()] == [12]
+
+
+def test_an_earlier_result_is_not_called_the_newest_where_a_later_run_failed(tmp_path):
+    good = dated(Stored().count(10).at(tmp_path, "b"), OLD)
+    cell = "maml/glyphs[x]/5w1s15q/support/cpu-float32/seed0"
+    bad = dated(Stored().row(cell, "adapt_flops", status="failed", reason="x").at(tmp_path, "a"), NEW)
+    side = load([bad, good])
+    assert [(row.status, row.value) for row in side.rows.values()] == [("ok", 10)]
+    assert any("1 rows" in note and "no result in a newer run: the earlier one counts" in note for note in side.notes)
+
+
+def test_each_suite_of_a_side_has_its_own_thresholds(tmp_path):
+    one = Stored("one", thresholds={"time": "9%"}).count(10).at(tmp_path, "a")
+    two = Stored("two").count(10, "adapt_bytes").at(tmp_path, "b")
+    manifest = json.loads((two / "manifest.json").read_text())
+    (two / "manifest.json").write_text(json.dumps({**manifest, "thresholds": {}}))  # as every run without any has it
+    assert load([one, two]).thresholds == {"one": {"time": "9%"}, "two": {}}
+
+
 FIELDS = (
     "cell",
     "measure",

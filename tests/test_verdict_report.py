@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from xml.etree import ElementTree
 
 import pytest
@@ -120,6 +121,23 @@ def test_every_format_lists_flagged_rows_first_and_says_what_is_absent():
     assert (content["verdict"], content["rows"][0]["detectable"], len(content["absent"])) == ("regressed", 0.031, 2)
 
 
+@pytest.mark.parametrize(
+    ("outcome", "more", "fail_on", "word"),
+    [
+        ("unchanged", {"absent": (FAILED,)}, (), "failed"),
+        ("unchanged", {"contaminated": "controls moved"}, (), "contaminated"),
+        ("improved", {"absent": (MISSING,)}, ("missing",), "missing"),
+        ("improved", {"absent": (MISSING,)}, (), "improved"),
+        ("regressed", {"absent": (FAILED,)}, (), "regressed"),
+    ],
+)
+def test_the_verdict_in_json_is_the_gate_s_word(outcome, more, fail_on, word):
+    found = findings(verdict(outcome), **more)
+    assert conclude([found], fail_on)[0] == word
+    (told,) = json.loads(out.render([found], "json", fail_on=fail_on))["comparisons"]
+    assert told["verdict"] == word
+
+
 def test_scores_come_before_times_and_times_before_counts():
     scales = ("exact", "ratio", "points", "error", "ratio")
     found = findings(*(verdict("unchanged", scale=scale, change=0.01 * n) for n, scale in enumerate(scales)))
@@ -183,7 +201,8 @@ def test_github_gets_a_summary_a_verdict_and_one_annotation(tmp_path):
     environ = {**{name: str(file) for name, file in files.items()}, "GITHUB_ACTIONS": "true"}
     files["GITHUB_STEP_SUMMARY"].write_text("before\n")
     many = findings(*(verdict("regressed", cell=f"{CELL}/{n}") for n in range(5)))
-    line = out.publish([many], "regressed", environ=environ)
+    line, unwritten = out.publish([many], "regressed", environ=environ)
+    assert not unwritten
     assert files["GITHUB_OUTPUT"].read_text() == "verdict=regressed\n"
     assert files["GITHUB_STEP_SUMMARY"].read_text().startswith("before\n## new against old\n")
     assert line.startswith("::error title=metabench%3A regressed::5 regressed%0A")
@@ -208,8 +227,34 @@ def test_the_level_of_the_annotation(verdict_, start):
 
 
 def test_outside_ci_nothing_is_written(tmp_path):
-    assert out.publish([findings()], "regressed", environ={}) is None
+    assert out.publish([findings()], "regressed", environ={}) == (None, ())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_written_keeps_nothing_else_from_being_told(tmp_path):
+    (tmp_path / "file").touch()
+    places = {"GITHUB_OUTPUT": tmp_path / "output", "GITHUB_STEP_SUMMARY": tmp_path / "summary"}
+    for broken in ("GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY", "junit"):
+        files = {**places, "junit": tmp_path / "junit.xml"}
+        for file in files.values():
+            file.unlink(missing_ok=True)
+        files[broken] = tmp_path / "file" / "below"
+        environ = {"GITHUB_ACTIONS": "true", **{name: str(file) for name, file in files.items() if name != "junit"}}
+        with pytest.raises(ConfigError, match="below: cannot be written"):
+            out.check_places(files["junit"], environ=environ)
+        told = out.publish([findings()], "regressed", files["junit"], environ=environ)
+        assert told.annotation.startswith("::error ")
+        assert len(told.unwritten) == 1 and "below: cannot be written" in told.unwritten[0]
+        assert all(file.stat().st_size for name, file in files.items() if name != broken)
+        assert out.publish_error("no", files["junit"], environ=environ).startswith("::error ")
+
+
+def test_a_trial_leaves_what_is_written_already_and_no_pipe_is_opened(tmp_path):
+    summary = tmp_path / "summary"
+    summary.write_text("before\n")
+    os.mkfifo(tmp_path / "pipe")  # opened, it would wait for a reader
+    out.check_places(tmp_path / "pipe", environ={"GITHUB_STEP_SUMMARY": str(summary)})
+    assert summary.read_text() == "before\n"
 
 
 def test_the_summary_never_outgrows_github_s_cap(tmp_path):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn, TextIO
 
 import typer
 
 from metabench.cli.terminal import DataRoot, Select, console, print_text, use_data_root
-from metabench.errors import ConfigError
+from metabench.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
     from metabench.verdicts import Findings
@@ -55,6 +56,7 @@ def compare(
 
 
 def check(
+    context: typer.Context,
     suite: Annotated[
         str | None, typer.Argument(metavar="SUITE", help="A suite with times or counts of kernels, for a live check.")
     ] = None,
@@ -77,7 +79,10 @@ def check(
     only: Only = "",
     margin: Margins = None,
     fail_on: Annotated[
-        str, typer.Option(help="Fail also on these: inconclusive, incomparable, missing; several with commas.")
+        str,
+        typer.Option(
+            help="Fail also on these: inconclusive, incomparable, missing (of stored results); several with commas."
+        ),
     ] = "",
     junit: Annotated[Path | None, typer.Option(help="Write the verdicts as JUnit XML to this file.")] = None,
     data_root: DataRoot = None,
@@ -99,10 +104,11 @@ def check(
         live, stored = (suite, base, base_python), (baseline, candidate)
         if any(live) == any(stored) or not (suite if any(live) else all(stored)):
             raise ConfigError("check either SUITE with --base or --base-python, or --baseline RUN with --candidate RUN")
-        if suite is not None and (kinds or margins):
-            raise ConfigError(
-                "--only and --margin are for stored results; a live check has -k, and the suite's margins"
-            )
+        if suite is not None:
+            _check_for_live(both=base is not None and base_python is not None, stored=kinds or margins, asked=asked)
+        else:
+            _check_for_stored({"--measure-identical": measure_identical, "--data-root": _typed(context, "data_root")})
+        verdict_report.check_places(junit)
         if suite is not None:
             use_data_root(data_root)
             found = [_check_live(suite, base, base_python, select, measure_identical)]
@@ -110,8 +116,32 @@ def check(
             from metabench import compare as comparison
 
             found = [comparison.compare(baseline or [], candidate or [], select=select, kinds=kinds, margins=margins)]
-        print_findings(found, format)
-        _conclude(found, asked, junit)
+    _conclude(found, asked, format, junit)
+
+
+def _check_for_live(*, both: bool, stored: Collection[str], asked: Collection[str]) -> None:
+    """Raise ConfigError for what a live check cannot mind: nothing that is asked for is left out silently."""
+    if both:
+        raise ConfigError("--base and --base-python ask for two comparisons: give one of them")
+    if stored:
+        raise ConfigError("--only and --margin are for stored results; a live check has -k, and the suite's margins")
+    if "missing" in asked:
+        raise ConfigError(
+            "--fail-on missing is for stored results: a live check asks both sides for the same rows, and what one "
+            "cannot measure is incomparable"
+        )
+
+
+def _check_for_stored(live: Mapping[str, bool]) -> None:
+    """Raise ConfigError for options of a live check, by name whether they are given."""
+    if names := [name for name, given in live.items() if given]:
+        raise ConfigError(f"{' and '.join(names)}: for a live check; of stored results nothing is measured again")
+
+
+def _typed(context: typer.Context, parameter: str) -> bool:
+    """Whether a parameter stands on the command line; one that comes from the environment is for all commands."""
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 @contextlib.contextmanager
@@ -123,7 +153,7 @@ def _errors_told(junit: Path | None) -> Iterator[None]:
         yield
     except (Exception, KeyboardInterrupt) as error:
         if line := verdict_report.publish_error(str(error) or type(error).__name__, junit):
-            typer.echo(line, err=True)
+            _tell(line)
         raise
 
 
@@ -174,6 +204,9 @@ def selftest(
         out=out,
     )
     examiner.show(found, console())
+    if found.interrupted:
+        goes_on = f"; the same command goes on from {out}" if out else ""
+        raise Interrupted(f"interrupted: these are the finished trials{goes_on}")
 
 
 def _shares(text: str) -> list[float]:
@@ -191,21 +224,22 @@ def export(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or results.csv files.")],
     to: Annotated[str, typer.Option("--to", help="pyperf, github-action-benchmark, bencher or junit.")],
     out: Annotated[
-        Path | None, typer.Option(help="The file to write; a folder where there are several. Default: print it.")
+        Path | None,
+        typer.Option(help="The file to write; a folder for github-action-benchmark. Default: print it."),
     ] = None,
     select: Select = "",
 ) -> None:
     """Stored results in the format of another tool.
 
-    pyperf gets the times of kernels, one value per process. github-action-benchmark reads two files, for what is
-    better smaller (times, errors, counts) and what is better bigger (accuracies): give --out a folder.
+    pyperf gets the times of kernels, one value per process. github-action-benchmark reads up to two files, for what
+    is better smaller (times, errors, counts) and what is better bigger (accuracies): --out is a folder, always.
     """
     from metabench import export as exporter
 
     files = exporter.export(runs, to, select=select)
     if out is not None:
-        print_text("".join(f"{path}\n" for path in exporter.write(files, out)))
-    elif len(files) > 1:
+        print_text("".join(f"{path}\n" for path in exporter.write(files, to, out)))
+    elif exporter.FORMATS[to].folder:
         raise ConfigError(f"--to {to} makes {' and '.join(files)}: name a folder for them with --out")
     else:
         print_text(next(iter(files.values())))
@@ -232,25 +266,46 @@ def _margins(given: Sequence[str] | None) -> dict[str, str]:
     return {kind.strip(): size.strip() for kind, _, size in parts}
 
 
-def _conclude(found: Sequence[Findings], fail_on: Sequence[str], junit: Path | None) -> NoReturn:
-    """Tell CI what a gate found, and exit with its code."""
+def _conclude(found: Sequence[Findings], fail_on: Sequence[str], format: str, junit: Path | None) -> NoReturn:
+    """Tell CI what a gate found, print it, and exit with its code; a pass that could not be told is an error."""
     from metabench import verdict_report
     from metabench.verdicts import conclude
 
     verdict, code = conclude(found, fail_on)
-    if junit is not None:
-        verdict_report.write_junit(junit, found)
-    if line := verdict_report.publish(found, verdict):
-        typer.echo(line, err=True)
-    typer.echo(f"verdict: {verdict}", err=True)
-    sys.exit(code)
+    told = verdict_report.publish(found, verdict, junit)
+    wrong = [*told.unwritten]
+    try:
+        print_findings(found, format, fail_on)
+    except OSError as error:
+        wrong.append(f"cannot write the output: {error.strerror or error}")
+        _close(sys.stdout)
+    for line in (told.annotation, *(f"error: {one}" for one in wrong), f"verdict: {verdict}"):
+        if line:
+            _tell(line)
+    sys.exit(code or (2 if wrong else 0))
 
 
-def print_findings(found: Sequence[Findings], format: str) -> None:
+def print_findings(found: Sequence[Findings], format: str, fail_on: Collection[str] = ()) -> None:
     """Findings on standard output, tables as wide as it is."""
     from metabench import verdict_report
 
     if format != "table":
-        print_text(verdict_report.render(found, format))
+        print_text(verdict_report.render(found, format, fail_on=fail_on))
         return
-    verdict_report.show(found, console())
+    people = console()
+    with people.capture() as text:  # rich itself would end the command where a reader has enough (`| head`)
+        verdict_report.show(found, people)
+    print_text(text.get())
+
+
+def _tell(line: str) -> None:
+    """A line on standard error; where nobody reads it any more, the exit code still counts."""
+    try:
+        typer.echo(line, err=True)
+    except OSError:
+        _close(sys.stderr)
+
+
+def _close(stream: TextIO) -> None:
+    """Let what a stream still holds, and all that follows, go nowhere: it cannot be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
