@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import os
 import sys
@@ -22,8 +23,9 @@ from metabench.cells import Cell, unsupported
 from metabench.costs import Setting
 from metabench.errors import ConfigError, Interrupted, NothingRan, WorkerError
 from metabench.joint import join
-from metabench.judging import Family, Judgement, confirmed, confirming, findings, moved
+from metabench.judging import CONTROL_LEVEL, Family, Judgement, confirmed, confirming, findings, moved
 from metabench.pairs import (
+    NO_CUDA,
     Again,
     Fault,
     Item,
@@ -32,8 +34,10 @@ from metabench.pairs import (
     Pairs,
     Side,
     Which,
+    installed,
     module_path,
     modules_of,
+    one_fault,
     top_names,
     tracked_names,
 )
@@ -42,7 +46,7 @@ from metabench.revisions import Repository
 from metabench.scratch import scratch
 from metabench.signedranks import centre
 from metabench.stats import Interval
-from metabench.suite import Suite
+from metabench.suite import Gating, Suite
 from metabench.thresholds import Margin, Thresholds
 from metabench.verdicts import Absent, Control, Findings, Outcome, Verdict, of_counts
 from metabench.workers import Worker
@@ -107,7 +111,9 @@ class Check:
 
     def __init__(self, suite: Suite, rows: Sequence[Row], versions: Versions, folder: Path, watch: Watch) -> None:
         self.suite, self.versions, self.watch, self.rules = suite, versions, watch, suite.gate
-        self.notes: dict[str, None] = dict.fromkeys(versions.notes)
+        self.notes: dict[str, None] = {}
+        for text in versions.notes:
+            self._note(text)
         self.verdicts: list[Verdict] = []
         self.failed: list[Absent] = []
         self.thresholds = Thresholds.of(suite.thresholds)
@@ -126,8 +132,6 @@ class Check:
 
     def run(self, *, measure_identical: bool) -> Findings:
         """Rehearse, count, then measure pairs until all is decided; then confirm what alarms."""
-        for text in self.notes:
-            self.watch.note(text)
         self.watch.pair("rehearsal", 0, 0, len(self.pairs.items))
         self.pairs.rehearse(self._look_at)
         self._judge_counts()
@@ -136,19 +140,21 @@ class Check:
         if identical and not measure_identical:
             return self._not_measured()
         family = Family(self._margins(), self.rules)
-        self._check_looks(family.level)
+        check_looks(self.rules, len(family.ratios))
+        self._note_looks(family)
         self._measure(family, "pair")
         found = family.judgements()
         if findings(found) and not (self._moved() and self.versions.repository):
             again = confirming(family)
             self._measure(again, "confirming pair")
             found = confirmed(family, again)
+        self._same_code()
         self._disturbed()
         contaminated = self._contaminated()
         for name, judgement in found.items():
             if name not in self.pairs.faults:
                 self.verdicts.append(verdict(name, judgement, family.margins[name].margin, contaminated))
-        self._faults()
+        self._faults(self._untimed(), "time")
         if identical:
             self._note(IDENTICAL)
         self._note_method(len(found))
@@ -181,6 +187,8 @@ class Check:
             self._note(reason)
             return None
         message = plan.cost_message(row)
+        # a default that differs between the sides would make it other work
+        message["data_params"] = self.suite.catalogue.dataset(row.cell.dataset).resolve(message["data_params"])
         try:
             theirs = self._for_base(row, message)
         except ConfigError as error:
@@ -195,43 +203,51 @@ class Check:
             ConfigError: the base has no such algorithm or data set, or not the parameters that the suite sets.
         """
         cell, known = row.cell, self.suite.catalogue
-        algorithm = self._in_base(known.algorithm(cell.algorithm))
-        dataset = self._in_base(known.dataset(cell.dataset))
-        for plugin, given in ((algorithm, dict(cell.params)), (dataset, dict(cell.data_params))):
-            if new := [name for name in given if plugin.parameter(name) is None]:
-                raise ConfigError(f"{plugin.name} has no parameter {', '.join(new)} there")
-        params = {name: value for name, value in message["params"].items() if algorithm.parameter(name)}
-        if new := [name for name in message["params"] if name not in params]:
-            self._note(f"{cell.algorithm}: the base has no parameter {', '.join(new)} yet and runs without")
-        for one in algorithm.parameters:
-            if one.name in params and one.name not in dict(cell.params) and one.default != params[one.name]:
-                now = f"{params[one.name]!r} now, {one.default!r} in the base"
-                self._note(f"{cell.algorithm}: the default of {one.name} is {now}: both sides run with the former")
-        return {**message, "params": params}
+        params = self._known_there(known.algorithm(cell.algorithm), {*dict(cell.params)}, message["params"])
+        given = {*dict(cell.data_params), "split"}
+        data = self._known_there(known.dataset(cell.dataset), given, message["data_params"])
+        return {**message, "params": params, "data_params": data}
+
+    def _known_there(self, plugin: Plugin, given: set[str], params: Mapping[str, Any]) -> dict[str, Any]:
+        """Those parameters of a plug-in that the base has, and notes on the others; `given` is what the suite sets."""
+        there = self._in_base(plugin)
+        if new := [name for name in params if name in given and there.parameter(name) is None]:
+            raise ConfigError(f"{plugin.name} has no parameter {', '.join(new)} there")
+        known = {name: value for name, value in params.items() if there.parameter(name)}
+        if new := [name for name in params if name not in known]:
+            self._note(f"{plugin.name}: the base has no parameter {', '.join(new)} yet and runs without")
+        for one in there.parameters:
+            if one.name in known and one.name not in given and one.default != known[one.name]:
+                now = f"{known[one.name]!r} now, {one.default!r} in the base"
+                self._note(f"{plugin.name}: the default of {one.name} is {now}: both sides run with the former")
+        return known
 
     def _in_base(self, plugin: Plugin) -> Plugin:
         """The plug-in as the base has it."""
-        file, tree = plugin.file.resolve(), self.versions.base.tree
-        if tree is None or self.versions.repository is None or not file.is_relative_to(self.versions.repository.root):
+        file, tree, repository = plugin.file.resolve(), self.versions.base.tree, self.versions.repository
+        if tree is None or repository is None or not file.is_relative_to(repository.root) or installed(file):
             return plugin
-        there = tree / file.relative_to(self.versions.repository.root)
+        there = tree / file.relative_to(repository.root)
         if not there.is_file():
             raise ConfigError(f"{plugin.name} is not there yet")
         return read_plugin(there)
 
-    def _look_at(self, workers: Mapping[Which, Worker]) -> None:
-        """Ask a pair of live workers for their counts, and for what they have loaded."""
+    def _look_at(self, crew: Sequence[Mapping[Which, Worker]]) -> None:
+        """Ask live workers, one pair of them, for the counts, and all for what they have loaded."""
         for row, messages in self._of(*COUNTS):
-            if row.key not in self.deadly:  # all others again, so that these workers load what they take
-                self.counts[row.key] = self._counted(row, messages, workers)
+            if row.cell.device == "cuda" and not all(hello["cuda"] for hello in self.pairs.hellos.values()):
+                self.counts[row.key] = NO_CUDA
+            elif row.key not in self.deadly:  # all others again, so that these workers load what they take
+                self.counts[row.key] = self._counted(row, messages, crew[0])
         if self.versions.repository is None or not self._anything():
             return
         repository = self.versions.repository
         names = top_names(repository.root) | tracked_names(repository.files())
-        for which, worker in workers.items():
-            side = self.versions.base if which == "base" else self.versions.candidate
-            other = self.versions.candidate if which == "base" else self.versions.base
-            self.modules[which] = own_modules(side, other, modules_of(worker, names), names)
+        sides: dict[Which, Side] = {"base": self.versions.base, "candidate": self.versions.candidate}
+        for which, side in sides.items():
+            other = sides["candidate" if which == "base" else "base"]
+            loaded = [one for workers in crew for one in modules_of(workers[which], names)]
+            self.modules[which] = own_modules(side, other, loaded, names)
 
     def _anything(self) -> bool:
         """Whether any row could be made ready, so that the sides have loaded what it takes."""
@@ -253,9 +269,8 @@ class Check:
                 self.deadly.add(row.key)
                 self.counts[row.key] = Fault(which, "failed", str(error))
                 raise Again from error
-        for which, answer in heard.items():
-            if answer["status"] != "ok":
-                return Fault(which, answer["status"], answer["reason"])
+        if bad := [Fault(which, one["status"], one["reason"]) for which, one in heard.items() if one["status"] != "ok"]:
+            return one_fault(bad)
         before, after = float(heard["base"]["value"]), float(heard["candidate"]["value"])
         margin = self.thresholds.margin(row.cell.id, row.cell.algorithm, row.measure).margin
         made = Verdict(
@@ -264,12 +279,14 @@ class Check:
         return of_counts(made, before, after)
 
     def _judge_counts(self) -> None:
+        faults = {}
         for row, _ in self._of(*COUNTS):
             found = self.counts[row.key]
             if isinstance(found, Verdict):
                 self.verdicts.append(found)
             else:
-                self._fault(row.key, found, row.aspect)
+                faults[row.key] = found
+        self._faults(faults, "count")
 
     def _note_software(self) -> None:
         versions = {which: str(hello["torch"]) for which, hello in self.pairs.hellos.items()}
@@ -289,18 +306,26 @@ class Check:
         for name, margin in self._margins().items():
             reason = "identical code: not measured"
             self.verdicts.append(_time_verdict(name, "unchanged", margin.margin, change=0.0, reason=reason))
-        self._faults()
+        self._faults(self._untimed(), "time")
         self._note(IDENTICAL)
         return self._findings()
 
-    def _check_looks(self, level: float) -> None:
-        """Raise ConfigError where so many rows can never be decided in so few pairs."""
-        needed = math.ceil(-math.log2(level))
-        if needed > self.rules.looks[-1]:
-            few = f"{len(self.pairs.items)} rows cannot be told apart in {self.rules.looks[-1]} pairs"
-            raise ConfigError(f"{few}: give the suite's gate a last look at {needed} or later, or fewer rows with -k")
-        if needed > self.rules.looks[0]:
-            self._note(f"{len(self.pairs.items)} rows: nothing can be found before {needed} pairs")
+    def _note_looks(self, family: Family[Name]) -> None:
+        """What so few pairs cannot show."""
+        if (needed := pairs_at_least(family.level)) > self.rules.looks[0]:
+            self._note(f"{len(family.ratios)} rows: nothing can be found before {needed} pairs")
+        if (needed := pairs_at_least(CONTROL_LEVEL / 2)) > self.rules.looks[0]:
+            self._note(f"the controls can show a disturbed machine only after {needed} pairs")
+
+    def _same_code(self) -> None:
+        """Every pair of processes loads the code anew: raise ConfigError where it was edited meanwhile."""
+        tree = self.versions.candidate.tree
+        if tree is None:
+            return
+        for file, digest in self.modules.get("candidate", {}).items():
+            now = tree / file
+            if not now.is_file() or hashlib.sha256(now.read_bytes()).hexdigest() != digest:
+                raise ConfigError(f"{now} changed during the check, so its pairs ran different code: run it again")
 
     def _measure(self, family: Family[Name], stage: str) -> None:
         """Fresh pairs for the family's open rows, until none is open."""
@@ -309,7 +334,7 @@ class Check:
             self.watch.pair(stage, family.pairs + 1, look, len(wanted))
             found = self.pairs.take(wanted)
             for name in wanted:
-                if name not in found:
+                if name in self.pairs.faults:
                     family.drop(name)
             family.add(found)
             for name, ratio in found.items():
@@ -338,15 +363,18 @@ class Check:
         for text in environment.explain(worst, 0.0) if worst else ():
             self._note(text)
 
-    def _faults(self) -> None:
+    def _faults(self, faults: Mapping[tuple[str, str], Fault], aspect: str) -> None:
         skipped: dict[str, int] = {}
-        for name, fault in self.pairs.faults.items():
-            if fault.status == "skipped" and fault.which == "base":  # it is asked first: on neither side, then
+        for key, fault in faults.items():
+            if fault.status == "skipped" and fault.which == "both sides":
                 skipped[fault.reason] = skipped.get(fault.reason, 0) + 1
-                continue
-            self._fault(name[:2], fault, "time")
+            else:
+                self._fault(key, fault, aspect)
         for reason, rows in skipped.items():
             self._note(f"{rows} rows are left out: {reason}")
+
+    def _untimed(self) -> dict[tuple[str, str], Fault]:
+        return {(name.cell, name.measure): fault for name, fault in self.pairs.faults.items()}
 
     def _fault(self, key: tuple[str, str], fault: Fault, aspect: str) -> None:
         """A row without numbers: failed where the candidate should have it, else not to be compared."""
@@ -372,6 +400,19 @@ class Check:
             controls=tuple(controls),
             contaminated=contaminated,
         )
+
+
+def pairs_at_least(level: float) -> int:
+    """With fewer pairs no p-value of the signed-rank test is as small as `level`: with n none is below 2^-n."""
+    return math.ceil(-math.log2(level))
+
+
+def check_looks(rules: Gating, rows: int) -> None:
+    """Raise ConfigError where so many rows can never be decided in so few pairs."""
+    needed = pairs_at_least(rules.alpha / len(rules.looks) / max(rows, 1))
+    if needed > rules.looks[-1]:
+        few = f"{rows} rows cannot be told apart in {rules.looks[-1]} pairs"
+        raise ConfigError(f"{few}: give the suite's gate a last look at {needed} or later, or fewer rows with -k")
 
 
 def margins_of(names: Iterable[Name], rows: Sequence[Row], suite: Suite) -> dict[Name, Margin]:

@@ -65,9 +65,10 @@ class Family(Generic[Name]):
         return [name for name in self.ratios if name not in self.decided]
 
     def add(self, ratios: Mapping[Name, float]) -> None:
-        """Take the log ratios of one pair for every open row; where a look is due, judge."""
+        """Take the log ratios of one pair for the open rows that it has one of; where a look is due, judge."""
         for name in self.open:
-            self.ratios[name].append(ratios[name])
+            if name in ratios:
+                self.ratios[name].append(ratios[name])
         self.pairs += 1
         if self.pairs in self.rules.looks:
             self._look()
@@ -105,12 +106,12 @@ class Family(Generic[Name]):
                 self.decided[name] = self._describe(name, "unchanged")
 
     def _data(self) -> list[tuple[Name, Sequence[float]]]:
-        return [(name, x) for name, x in self.ratios.items() if name not in self.decided]
+        return [(name, x) for name, x in self.ratios.items() if x and name not in self.decided]
 
     def _rejected(self, alpha: float, outcome: str, p_values: dict[Name, float]) -> set[Name]:
         """Holm over the whole family: a row decided earlier was rejected then, or counts as never to be."""
         known = {name: float(one.outcome != outcome) for name, one in self.decided.items()}
-        everything = {**known, **p_values}
+        everything = {**dict.fromkeys(self.ratios, 1.0), **known, **p_values}
         adjusted = dict(zip(everything, holm(list(everything.values())), strict=True))
         return {name for name in p_values if adjusted[name] <= alpha}
 

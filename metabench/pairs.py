@@ -8,15 +8,18 @@ slices of one pair become one number stands in `log_ratio`. Never imports torch.
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import itertools
 import math
 import os
 import random
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
@@ -26,8 +29,10 @@ from metabench.errors import ConfigError, WorkerError
 from metabench.workers import Worker, last_words
 
 Which = Literal["base", "candidate"]
+Blamed = Literal["base", "candidate", "both sides"]
 SIDES: tuple[Which, Which] = ("base", "candidate")
 FEWEST_SLICES, MOST_SLICES = 7, 60  # of a kernel on each side of a pair
+SPARED = 3  # pairs without a number that a row may have, however few pairs there are; then a quarter of them
 _NOT_OURS = {"tests", "test", "docs", "doc", "examples", "vendor", "_vendor", "third_party", "external"}  # as folders
 PADDING = 4096  # bytes of environment: the stack begins somewhere else in its page
 
@@ -67,11 +72,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Fault:
-    """Why an item cannot be timed: which side said so, with which status ("skipped", "failed")."""
+    """Why an item cannot be measured: on which side, with which status ("skipped", "failed")."""
 
-    which: Which
+    which: Blamed
     status: str
     reason: str
+
+
+NO_CUDA = Fault("both sides", "skipped", "no CUDA device on this machine")
 
 
 class _Died(Exception):
@@ -107,13 +115,16 @@ class Pairs:
         self.rounds: dict[Name, int] = {}
         self.hellos: dict[Which, Mapping[str, Any]] = {}
         self.disturbances: list[dict[str, Any]] = []
+        self.lost: dict[Name, int] = {}  # pairs that gave an item no number, though it ran
+        self.many = len(self.settings(self.items)) > 1  # so controls are named by the setting of their workers
         self.taken = 0  # pairs, each with a layout of its own
         self.numbers = itertools.count()
 
-    def rehearse(self, also: Callable[[Mapping[Which, Worker]], None]) -> None:
+    def rehearse(self, also: Callable[[Sequence[Mapping[Which, Worker]]], None]) -> None:
         """Make every item ready once: finds what cannot be timed, how many calls make a slice, how many slices.
 
-        `also` is then told the workers, one pair, to ask them what it likes; it is told fresh ones after an `Again`.
+        `also` is then told the workers, a pair for each setting, to ask them what it likes; it is told fresh ones after
+        an `Again`.
 
         Raises:
             ConfigError: the base does not start, or speaks another protocol.
@@ -123,7 +134,7 @@ class Pairs:
             try:
                 with self._hired(random.Random(self.seed), self.items) as crew:
                     self._rehearse(crew)
-                    also(next(iter(crew.values())))
+                    also(list(crew.values()))
                 return
             except _Died as death:
                 self._drop(death)
@@ -133,7 +144,8 @@ class Pairs:
     def take(self, names: Sequence[Name]) -> dict[Name, float]:
         """Time the named items, and the controls, in a fresh pair of processes; their ln(candidate / base).
 
-        An item that cannot be timed is not in the answer, and in `faults` from then on.
+        An item that cannot be timed is not in the answer, and in `faults` from then on. One that this pair alone gave
+        no number (a slope lost in noise) is only not in the answer.
 
         Raises:
             WorkerError: a control cannot be run.
@@ -217,7 +229,7 @@ class Pairs:
         _pin(crew)
         for name, item in list(self.items.items()):
             if item.messages["base"]["device"] == "cuda" and not all(self.hellos[which]["cuda"] for which in SIDES):
-                self.faults[name] = Fault("base", "skipped", "no CUDA device on this machine")
+                self.faults[name] = NO_CUDA
                 del self.items[name]
                 continue
             running = self._prepare(item, crew[item.setting], SIDES)
@@ -228,18 +240,22 @@ class Pairs:
                 self.rounds[name] = min(MOST_SLICES, max(FEWEST_SLICES, round(self.seconds / both)))
         for setting, workers in crew.items():
             for control in CONTROLS:
-                self._prepare_control(control, setting, workers, list(crew))
+                self._prepare_control(control, setting, workers)
 
     def _prepare(self, item: Item, workers: Mapping[Which, Worker], order: Sequence[Which]) -> _Running | None:
         """Make an item ready on both sides; None, and a fault, where it cannot be."""
         numbers: dict[Which, int] = {}
+        faults: list[Fault] = []
         for which, heard in self._readied(item, workers, order):
             if heard["status"] != "ok":
-                self.faults[item.name] = Fault(which, heard["status"], heard["reason"])
-                del self.items[item.name]
-                return None
+                faults.append(Fault(which, heard["status"], heard["reason"]))
+                continue
             self.calls.setdefault(item.name, heard["calls"])
             numbers[which] = heard["id"]
+        if faults:
+            self.faults[item.name] = one_fault(faults)
+            del self.items[item.name]
+            return None
         return _Running(item.name, workers, numbers, [int(part) for part in self.calls[item.name]])
 
     def _readied(
@@ -261,10 +277,8 @@ class Pairs:
             message["share"] = item.name.share
         return message
 
-    def _prepare_control(
-        self, control: str, setting: Setting, workers: Mapping[Which, Worker], settings: Sequence[Setting]
-    ) -> _Running:
-        label = control if len(settings) == 1 else f"{control} ({setting.threads} threads, {setting.allocator})"
+    def _prepare_control(self, control: str, setting: Setting, workers: Mapping[Which, Worker]) -> _Running:
+        label = f"{control} ({setting.threads} threads, {setting.allocator})" if self.many else control
         name, numbers = Name("", label), {}
         for which in SIDES:
             message = {"kind": "control", "name": control, "device": "cpu", "calls": self.calls.get(name)}
@@ -291,7 +305,7 @@ class Pairs:
             if (one := self._prepare(self.items[name], crew[self.items[name].setting], chance.sample(SIDES, 2)))
         ]
         for setting, workers in crew.items():
-            running += [self._prepare_control(control, setting, workers, list(crew)) for control in CONTROLS]
+            running += [self._prepare_control(control, setting, workers) for control in CONTROLS]
         _pin(crew)
         pids = [worker.pid for workers in crew.values() for worker in workers.values()]
         before = environment.read(pids)
@@ -303,12 +317,18 @@ class Pairs:
         for one in running:
             ratio = log_ratio(one.slices)
             if ratio is None:
-                reason = "the slope over inner steps is not above 0: a step costs less than the noise of this machine"
-                self.faults[one.name] = Fault("base", "failed", reason)
-                self.items.pop(one.name, None)
-                continue
-            found[one.name] = ratio
+                self._lose(one.name)
+            else:
+                found[one.name] = ratio
         return found
+
+    def _lose(self, name: Name) -> None:
+        """One pair without a number is chance; in a quarter of the pairs it is the kernel."""
+        self.lost[name] = self.lost.get(name, 0) + 1
+        if self.lost[name] > max(SPARED, self.taken / 4):
+            reason = "the slope over inner steps is not above 0: a step costs less than the noise of this machine"
+            self.faults[name] = Fault("both sides", "failed", reason)
+            self.items.pop(name, None)
 
     def _rounds(self, running: Sequence[_Running], chance: random.Random) -> Iterator[tuple[_Running, int]]:
         """Every part of every item as often as it is due, each spread over the whole time, in random order."""
@@ -360,6 +380,11 @@ def _told_of(name: Name, which: Which) -> Iterator[None]:
         raise _Died(name, Fault(which, "failed", str(error))) from error
 
 
+def one_fault(faults: Sequence[Fault]) -> Fault:
+    """What one side or both said, as one; where they differ, the base's reason."""
+    return replace(faults[0], which="both sides") if len(faults) == len(SIDES) else faults[0]
+
+
 def log_ratio(slices: Mapping[int, Sequence[tuple[float, float]]]) -> float | None:
     """One pair's ln(candidate / base) of an item, from paired slices (base, candidate) in seconds by part.
 
@@ -383,15 +408,15 @@ def module_path(root: Path, tree: Path) -> dict[str, str]:
     `tree`, the rest as it is.
     """
     ours = [Path(entry or ".").resolve() for entry in sys.path]
-    inside = [path for path in ours if path.is_relative_to(root) and not _installed(path)]
+    inside = [path for path in ours if path.is_relative_to(root) and not installed(path)]
     given = [Path(entry).resolve() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     outside = [path for path in given if not path.is_relative_to(root)]
     entries = dict.fromkeys([*(tree / path.relative_to(root) for path in inside), *outside])
     return {"PYTHONPATH": os.pathsep.join(map(str, entries))}
 
 
-def _installed(path: Path) -> bool:
-    """Whether a folder belongs to an interpreter or a virtual environment, which may lie inside a project."""
+def installed(path: Path) -> bool:
+    """Whether a file or folder belongs to an interpreter or a virtual environment, which may lie inside a project."""
     if {"site-packages", "dist-packages"} & {*path.parts}:
         return True
     return any(path.is_relative_to(Path(prefix).resolve()) for prefix in {sys.prefix, sys.base_prefix})
@@ -401,7 +426,7 @@ def top_names(root: Path) -> set[str]:
     """The top-level names that this process would import from `root`."""
     folders = {Path(entry or ".").resolve() for entry in sys.path}
     found: set[str] = set()
-    for folder in (one for one in folders if one.is_relative_to(root) and not _installed(one) and one.is_dir()):
+    for folder in (one for one in folders if one.is_relative_to(root) and not installed(one) and one.is_dir()):
         found |= {file.stem for file in folder.glob("*.py")}
         found |= {init.parent.name for init in folder.glob("*/__init__.py")}
     return found - sys.stdlib_module_names
@@ -411,7 +436,8 @@ def tracked_names(files: Iterable[str]) -> set[str]:
     """The top-level names that a repository's files (relative to its root) give to what it would install.
 
     Modules at the root and in src/, and packages wherever they begin. So an installed copy is known for one even where
-    nothing of the repository is on the module path. Tests, documents and foreign code are named like others' too.
+    nothing of the repository is on the module path. Tests, documents and foreign code are named like others' too. What
+    metabench itself needs (a folder `backends/torch`, say) is never taken for the project's.
     """
     found: set[str] = set()
     paths = [PurePosixPath(file) for file in files if file.endswith(".py")]
@@ -426,7 +452,24 @@ def tracked_names(files: Iterable[str]) -> set[str]:
             found.add(folders[1])  # a namespace package too, which has no __init__.py
         elif path.parent in packages:
             found.add(next(folder.name for folder in reversed([path.parent, *path.parents]) if folder in packages))
-    return found - sys.stdlib_module_names
+    return found - sys.stdlib_module_names - _needed()
+
+
+@functools.cache
+def _needed() -> set[str]:
+    """The top-level names of the packages that metabench requires, its extras apart."""
+    try:
+        lines = importlib.metadata.requires("metabench") or []
+    except importlib.metadata.PackageNotFoundError:  # run from its source, not installed
+        return set()
+    always = [line for line in lines if "extra ==" not in line]
+    required = {_canonical(re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0]) for line in always}
+    owners = importlib.metadata.packages_distributions()
+    return {name for name, packages in owners.items() if required & {*map(_canonical, packages)}}
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 class Module(NamedTuple):

@@ -16,9 +16,10 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from metabench.errors import ConfigError
-from metabench.scratch import held, hold, scratch
+from metabench.scratch import held, hold, remove_stale, scratch
 
 PREFIX = "metabench-base-"
 _BOUND = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR")
@@ -85,19 +86,22 @@ class Repository:
             ConfigError: git cannot make it (a full disk, say).
         """
         self._remove_stale()
-        holder = Path(tempfile.mkdtemp(prefix=PREFIX)).resolve()
-        lock = hold(holder)
-        tree = holder / "tree"
-        try:
-            # no hooks of the user's: they would run in, and for, a tree that is none of theirs
-            done = _git(self.root, "-c", "core.hooksPath=/dev/null", "worktree", "add", "--detach", str(tree), commit)
+        with contextlib.ExitStack() as after:
+            with undisturbed():  # from here on it is known what to remove
+                holder = Path(tempfile.mkdtemp(prefix=PREFIX)).resolve()
+                after.callback(self._give_up, holder, hold(holder))
+                tree = holder / "tree"
+                # no hooks of the user's: they would run in, and for, a tree that is none of theirs
+                command = ("-c", "core.hooksPath=/dev/null", "worktree", "add", "--detach", str(tree), commit)
+                done = _git(self.root, *command)
             if done.returncode:
                 raise ConfigError(f"git cannot check {commit[:12]} out: {done.stderr.strip()}")
             yield tree
-        finally:
-            with undisturbed():
-                self._remove(holder)
-                os.close(lock)
+
+    def _give_up(self, holder: Path, lock: int) -> None:
+        with undisturbed():
+            self._remove(holder)
+            os.close(lock)
 
     def _remove(self, holder: Path) -> None:
         _git(self.root, "worktree", "remove", "--force", "--force", str(holder / "tree"))
@@ -109,21 +113,26 @@ class Repository:
             holder = Path(line.removeprefix("worktree ")).parent
             if line.startswith("worktree ") and holder.name.startswith(PREFIX) and not held(holder):
                 self._remove(holder)
+        remove_stale(PREFIX)  # of which git never heard
 
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """No Ctrl-C, SIGTERM or SIGHUP while something is put in order (in the main thread; others never get them)."""
-    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    """Ctrl-C, SIGTERM and SIGHUP wait until something is in order (in the main thread; others never get them)."""
+    came: list[int] = []
+    before: dict[signal.Signals, Any] = {}
     try:
-        before = {one: signal.signal(one, signal.SIG_IGN) for one in ending}
+        for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            before[one] = signal.signal(one, lambda number, _: came.append(number))
     except ValueError:
-        before = {}
+        pass
     try:
         yield
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 def _git(folder: Path, *arguments: str, index: Path | None = None) -> subprocess.CompletedProcess[str]:

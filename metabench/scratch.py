@@ -22,7 +22,7 @@ YOUNG = 60.0  # seconds in which a folder without a lock may be about to get one
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
     """A fresh folder, gone at the end; what killed processes of this user have left behind goes first."""
-    _remove_stale(Path(tempfile.gettempdir()))
+    remove_stale(PREFIX)
     holder = Path(tempfile.mkdtemp(prefix=PREFIX)).resolve()
     lock = hold(holder)
     folder = holder / "files"
@@ -53,8 +53,9 @@ def held(holder: Path) -> bool:
     return False
 
 
-def _remove_stale(folder: Path) -> None:
-    for holder in folder.glob(f"{PREFIX}*"):
+def remove_stale(prefix: str) -> None:
+    """Remove this user's temporary folders of that prefix whose process is gone."""
+    for holder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         with contextlib.suppress(OSError):  # gone meanwhile, or another user's
             facts = holder.stat(follow_symlinks=False)
             mine = facts.st_uid == os.getuid() and holder.is_dir() and not holder.is_symlink()

@@ -21,8 +21,8 @@ from rich.text import Text
 
 import metabench
 from metabench import environment, plan
-from metabench.errors import Interrupted, NothingRan
-from metabench.gate import SEED, UNTOUCHED, Watch, impossible, margins_of, setting_of
+from metabench.errors import ConfigError, Interrupted, NothingRan
+from metabench.gate import SEED, UNTOUCHED, Watch, check_looks, impossible, margins_of, setting_of
 from metabench.judging import Family, Judgement, confirmed, confirming, moved, pairs_needed
 from metabench.pairs import SIDES, Item, Name, Pairs, Side, Which
 from metabench.plan import Row
@@ -34,6 +34,7 @@ from metabench.thresholds import Margin, Thresholds
 from metabench.trials import Trial, Trials
 
 ASKED = 0.05  # the slowdown that a gate is for
+RECOMMENDED_LOOKS = 2
 BOUND = 0.95  # one-sided level of the bounds of rates
 CODE = ("pairs", "timing", "bench", "worker", "judging", "signedranks")  # what makes a trial what it is
 
@@ -94,6 +95,7 @@ class SelfTest:
     recommended: Gating
     pairs: int
     notes: tuple[str, ...] = ()
+    interrupted: bool = False  # before all the trials that were asked for
 
 
 def selftest(
@@ -110,13 +112,13 @@ def selftest(
     Every trial is kept in the file `out` when it is finished; trials that are there already count among `trials`.
 
     Raises:
-        ConfigError: `out` holds something else, or cannot be written.
+        ConfigError: `out` holds something else, or cannot be written; looks too early to decide; the code changed.
         NothingRan: no time of a kernel in the suite, or none that could be measured.
-        Interrupted: Ctrl-C.
+        Interrupted: Ctrl-C before the first trial was finished.
     """
     rows = [row for row in plan.select_rows(plan.rows_of(suite), select) if row.kernel and row.aspect == "time"]
     rows = [row for row in rows if impossible(row, suite) is None]
-    shares = (0.0, *inject)
+    shares, code = (0.0, *inject), _code()
     kept = Trials(out, _settings(suite, rows, shares)) if out else None
     done = list(kept.earlier) if kept else []
     items = []
@@ -129,22 +131,25 @@ def selftest(
     with scratch() as folder:
         pairs = Pairs(base, candidate, items, folder, seconds=suite.gate.seconds, seed=SEED)
         pairs.taken = sum(trial.pairs for trial in done)  # no pair is laid out as an earlier one
+        margins = margins_of(pairs.items, rows, suite)
         try:
             watch.pair("rehearsal", 0, 0, len(items))
             pairs.rehearse(lambda workers: None)
             if not pairs.items:
                 raise NothingRan(f"no kernel of {suite.name} can be timed here: {_reasons(pairs) or 'it names none'}")
-            margins = margins_of(pairs.items, rows, suite)
+            check_looks(suite.gate, len(rows))
             while len(done) < trials:
                 stage = f"trial {len(done) + 1} of {trials}, pair"
                 done.append(_trial(pairs, margins, suite.gate, shares, stage, watch))
+                if _code() != code:
+                    raise ConfigError("the gate's code changed meanwhile: the trial is not counted; start again")
                 if kept:
                     kept.add(done[-1])
         except KeyboardInterrupt:
             if not done:
                 raise Interrupted("interrupted before the first trial was finished") from None
-            watch.note(f"interrupted: what follows is of {len(done)} trials")
-        return _report(suite, margins, shares, done, pairs)
+        report = _report(suite, margins, shares, done, pairs)
+        return replace(report, interrupted=len(done) < trials)
 
 
 def _code() -> str:
@@ -197,7 +202,7 @@ def _measure(
         found = pairs.take(wanted)
         for family in live:
             for name in family.open:
-                if name not in found:
+                if name in pairs.faults:
                     family.drop(name)
             if family.open:
                 family.add(found)
@@ -211,7 +216,7 @@ def _report(
 ) -> SelfTest:
     rules = suite.gate
     names = [name for name in margins if name.share == 0.0 and any(name in trial.found for trial in trials)]
-    level = rules.alpha / len(rules.looks) / max(len(names), 1)
+    level = rules.alpha / RECOMMENDED_LOOKS / max(len(names), 1)
     reports = [_row(name, shares, trials, margins[name].margin, level) for name in names]
     alarms = [[_alarm(trial.found[name]) for name in names if name in trial.found] for trial in trials]
     missed = [
@@ -282,9 +287,9 @@ def recommend(rules: Gating, needed: Sequence[int | None]) -> Gating:
     Never less than the fewest with which so many rows can be decided at all.
     """
     rows = max(len(needed), 1)
-    least = math.ceil(math.log2(rows * 2 / rules.alpha))
+    least = math.ceil(math.log2(rows * RECOMMENDED_LOOKS / rules.alpha))
     first = max(least, *(one for one in needed if one is not None), 10)
-    return replace(rules, looks=(first, 2 * first))
+    return replace(rules, looks=tuple(first * look for look in range(1, RECOMMENDED_LOOKS + 1)))
 
 
 def as_yaml(rules: Gating) -> str:

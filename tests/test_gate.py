@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -146,7 +147,7 @@ def test_a_slower_kernel_is_a_regression(project):
     done = check("mine.yaml", "--base", "HEAD", folder=project)
     assert done.returncode == 1, done.stderr + done.stdout
     assert "1 regressed" in done.stdout and "in 2 pairs" in " ".join(done.stdout.split()), "one, and one to confirm"
-    assert "changes that are not committed" in done.stderr
+    assert done.stderr.count("changes that are not committed") == 1
     assert left(project) == ([], [])
     assert git(project, "status", "--porcelain") == "M learner.py", "and nothing else is touched"
 
@@ -258,6 +259,17 @@ def test_metabench_itself_is_taken_from_each_side(tmp_path):
     worker.write_text(now)
     done = check(suite, "--base", "HEAD", folder=folder, PYTHONPATH=str(folder))
     assert done.returncode == 2 and "speaks protocol 1" in done.stderr, done.stderr
+    source = folder / "metabench" / "worker.py"
+    good = source.read_text()
+    source.write_text("raise SystemExit('no worker today')\n")
+    done = check(suite, "--base", "HEAD~1", folder=folder, PYTHONPATH=str(folder))
+    assert done.returncode == 3 and "candidate (the working tree, " in done.stderr, done.stderr
+    assert "cannot be run: no worker today" in done.stderr and "another base" not in done.stderr
+    git(folder, "commit", "-qam", "no worker")
+    source.write_text(good)
+    done = check(suite, "--base", "HEAD", folder=folder, PYTHONPATH=str(folder))
+    assert done.returncode == 2 and "cannot be run: no worker today; choose another base" in done.stderr, done.stderr
+    assert left(folder) == ([], [])
 
 
 def test_a_base_that_cannot_be_imported_is_an_incomparable_row(project, here):
@@ -302,6 +314,88 @@ def test_what_the_base_does_not_know_yet(project, here):
     assert [one.outcome for one in found.verdicts] == ["incomparable", "incomparable", "unchanged"]
     assert "has no parameter depth yet and runs without" in said
     assert "the default of lr is 0.02 now, 0.01 in the base" in said
+
+
+def test_a_default_of_the_data_set_that_changed_is_the_same_on_both_sides(project, here):
+    source = DOTS.strip().replace("np.ones((3, 3)", "np.ones((size // 4, size // 4)").replace("12, 12)", "size, size)")
+    data = {
+        size: source.replace('split: str = "only"', f'split: str = "only", size: int = {size}') for size in (12, 16)
+    }
+    (project / "dots.py").write_text(data[16])  # which the method could not do
+    git(project, "commit", "-qam", "larger")
+    write(project, measures="adapt_flops")
+    (project / "dots.py").write_text(data[12])
+    found, said = here()
+    assert outcomes(found) == {"adapt_flops": "unchanged"}, found.verdicts
+    assert "dots: the default of size is 12 now, 16 in the base: both sides run with the former" in said
+
+
+def test_what_neither_side_can_do_is_left_out_and_what_only_one_can_is_said(project, here):
+    never = "raise __import__('metabench.errors', fromlist=['errors']).Unsupported('not yet')"
+    measures = "adapt_flops, adapt_time, meta_step_nodes"
+    write(project, sabotage=never, measures=measures)
+    git(project, "commit", "-qam", "cannot")
+    found, said = here()
+    assert found.verdicts == () and found.failed == () and said.count("1 rows are left out: not yet") == 1
+    write(project, measures=measures)
+    found, _ = here()
+    assert {one.reason for one in found.verdicts} == {"base: not yet"} and len(found.verdicts) == 3
+    write(project, sabotage="raise RuntimeError('broken')", measures=measures)
+    git(project, "commit", "-qam", "broken")
+    found, _ = here()
+    assert all(one.reason.startswith("both sides: RuntimeError: broken") for one in found.verdicts), found.verdicts
+    assert {one.outcome for one in found.verdicts} == {"incomparable"} and exit_code(found) == 3
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a GPU here")
+def test_counts_of_a_device_that_is_not_there_are_left_out(project, here):
+    suite = write(project, measures="adapt_flops", sabotage="self.embedding(support.x.flatten(2))")
+    suite.write_text(suite.read_text().replace("  tasks:", "  devices: [cpu, cuda]\n  tasks:"))
+    found, said = here()
+    assert outcomes(found) == {"adapt_flops": "regressed"} and len(found.verdicts) == 1 and found.failed == ()
+    assert "1 rows are left out: no CUDA device on this machine" in said
+
+
+def test_every_setting_tells_what_it_loads_and_has_controls_of_its_own(project, here):
+    write_learner(project, "other")
+    suite = write(project)
+    grid = suite.read_text().partition("grid:\n")[2].partition("threads:")[0]
+    again = textwrap.indent(textwrap.dedent(grid), "    ").replace("    tasks", "  - tasks", 1)
+    second = again.replace("[learner]", "[other]") + "    calls: [{allocator: default}]\n"
+    text = suite.read_text().replace(grid, again + second).replace("learner.py]", "learner.py, other.py]")
+    suite.write_text(text)
+    git(project, "add", ".")
+    git(project, "commit", "-qm", "two settings")
+    assert identical(here()[0])
+    write_learner(project, "other", SLOWER)
+    found, _ = here()
+    assert {one.cell.partition("/")[0]: one.outcome for one in found.verdicts}["other"] == "regressed"
+    assert {one.name for one in found.controls} == {
+        f"{name} (1 threads, {allocator})" for name in ("matmul", "python") for allocator in ("kept", "default")
+    }
+
+
+def test_code_that_is_edited_during_the_check_decides_nothing(project, here, monkeypatch):
+    class Editor(Notes):
+        def pair(self, stage, number, of, rows):
+            if stage == "pair":
+                write_learner(project, "learner", "None")
+
+    write(project, sabotage=SLOWER)
+    with pytest.raises(ConfigError, match=r"learner\.py changed during the check.*run it again"):
+        gate.check(load_suite(Path("mine.yaml")), base="HEAD", watch=Editor())
+    assert left(project) == ([], [])
+
+
+def test_metabench_in_a_virtual_environment_inside_the_project_is_not_of_the_project(project):
+    packages = project / ".venv" / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
+    shutil.copytree(ROOT / "metabench", packages / "metabench", ignore=shutil.ignore_patterns("__pycache__"))
+    write(project, algorithms="learner, chance")
+    (project / ".gitignore").write_text(".venv\n__pycache__\nsteps.log\n")
+    git(project, "add", ".")
+    git(project, "commit", "-qm", "with a control of metabench's own")
+    done = check("mine.yaml", "--base", "HEAD", folder=project, PYTHONPATH=str(packages))
+    assert done.returncode == 0 and "2 unchanged" in done.stdout, done.stdout + done.stderr
 
 
 def test_counts_are_compared_exactly_without_pairs(project, here):
@@ -374,20 +468,41 @@ def test_a_shallow_clone_gets_the_line_to_run(project, tmp_path, name, line):
     assert repository.commit(name) == first
 
 
-def test_the_same_code_between_two_interpreters(project, here, tmp_path):
-    slow = tmp_path / "other" / "bin" / "python"
-    slow.parent.mkdir(parents=True)
-    slow.symlink_to(sys.executable)
-    (slow.parent.parent / "pyvenv.cfg").write_text(f"home = {Path(sys.executable).resolve().parent}\n")
+def interpreter(folder, line):
+    """A virtual environment with the packages of this one, whose interpreter runs `line` at its start."""
+    python = folder / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    (folder / "pyvenv.cfg").write_text(f"home = {Path(sys.executable).resolve().parent}\n")
     packages = next(p for p in sys.path if p.endswith("site-packages"))
-    site = slow.parent.parent / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
+    site = folder / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
     site.mkdir(parents=True)
     (site / "real.pth").write_text(packages + "\n")
-    (site / "slow.pth").write_text("import builtins; builtins.SLOW = True\n")
+    (site / "own.pth").write_text(f"import builtins, sys; {line}\n")
+    return python
+
+
+def test_the_same_code_between_two_interpreters(project, here, tmp_path):
+    slow = interpreter(tmp_path / "other", "builtins.SLOW = True")
     slower = "'SLOW' not in vars(__import__('builtins')) and self.embedding(support.x.flatten(2))"
     write(project, sabotage=slower, measures="adapt_flops")
     found, _ = here(base=None, base_python=tmp_path / "other")
     assert outcomes(found) == {"adapt_flops": "regressed"} and str(slow) in found.title
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("sys.modules['torch'] = None", "import of torch halted"),  # as where it is not installed
+        ("'metabench.worker' in sys.orig_argv and sys.exit('not today')", "not today"),
+    ],
+    ids=["no torch", "ends at once"],
+)
+def test_an_interpreter_whose_worker_does_not_start_is_named_with_the_reason(project, here, tmp_path, line, says):
+    python = interpreter(tmp_path / "other", line)
+    with pytest.raises(ConfigError, match=rf"base \({re.escape(str(python))}\) cannot be run: .*{says}.*another base"):
+        here(base=None, base_python=python)
+    assert left(project) == ([], [])
 
 
 def workers_of(process):
@@ -425,11 +540,68 @@ def test_nothing_is_left_after_an_interruption(project, sent, monkeypatch):
     assert left(project)[0] == []
 
 
+def test_two_checks_of_one_repository_at_once_leave_each_other_alone(project, monkeypatch):
+    scratch = project.parent / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    monkeypatch.chdir(project)
+    write(project, sabotage="time.sleep(0.01)", settings="gate: {alpha: 0.5, looks: [4], seconds: 0.1}")
+    with (
+        started("check", "mine.yaml", "--base", "HEAD") as first,
+        started("check", "mine.yaml", "--base", "HEAD") as other,
+    ):
+        until(lambda: len(left(project)[1]) == 2, "two worktrees")
+        for process in (first, other):
+            said, errors = process.communicate(timeout=120)
+            assert process.returncode == 1 and "1 regressed" in said, errors
+    assert left(project) == ([], [])
+
+
+def test_a_self_test_that_is_interrupted_keeps_its_trials_and_goes_on(project, monkeypatch):
+    monkeypatch.chdir(project)
+    out = project / "trials.jsonl"
+    command = ("selftest", "mine.yaml", "--inject", "0", "--trials")
+    with started(*command, 500, "--out", out) as process:
+        until(lambda: out.exists() and len(out.read_text().splitlines()) > 1, "a trial")
+        workers = workers_of(psutil.Process(process.pid))
+        process.send_signal(signal.SIGINT)
+        said, errors = process.communicate(timeout=60)
+        assert process.returncode == 130 and "goes on from" in " ".join(errors.split()), errors
+        assert "false alarms, rows: " in said
+        psutil.wait_procs(workers, timeout=30)
+        assert not any(worker.is_running() for worker in workers)
+    kept = out.read_bytes()
+    done = metabench(*command, len(kept.splitlines()) - 1, "--out", out)
+    assert done.returncode == 0 and done.stdout == said and out.read_bytes() == kept, done.stderr
+
+
+def test_an_interruption_while_git_makes_the_worktree_leaves_none(project, monkeypatch):
+    scratch = project.parent / "scratch"
+    slow = project.parent / "bin" / "git"
+    for folder in (scratch, slow.parent):
+        folder.mkdir()
+    at = project.parent / "adding"
+    slow.write_text(
+        f'#!/bin/sh\ncase "$*" in *"worktree add"*) touch {at}; sleep 2;; esac\nexec {shutil.which("git")} "$@"\n'
+    )
+    slow.chmod(0o755)
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    monkeypatch.setenv("PATH", f"{slow.parent}:{os.environ['PATH']}")
+    monkeypatch.chdir(project)
+    with started("check", "mine.yaml", "--base", "HEAD") as process:
+        until(at.exists, "git at work")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+    assert left(project) == ([], [])
+
+
 def test_more_rows_than_the_pairs_can_decide(project, here):
     write(project, settings="gate: {looks: [5]}", sabotage="None")
     with pytest.raises(ConfigError, match="a last look at 7 or later"):
         here()
     assert left(project) == ([], [])
+    done = metabench("selftest", "mine.yaml", "--trials", "1", cwd=project)
+    assert done.returncode == 2 and "a last look at 7 or later" in " ".join(done.stderr.split()), done.stderr
 
 
 def test_the_self_test_sees_what_it_injects_and_says_how_noisy_it_was(project):

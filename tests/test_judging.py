@@ -188,6 +188,19 @@ def test_a_row_that_is_dropped_leaves_the_others_as_they_were():
     assert family.level == RULES.alpha / 2 / 2
 
 
+def test_a_pair_without_a_number_for_a_row_is_one_value_less_and_no_more():
+    family = family_of(["whole", "holes", "empty"], Gating(alpha=0.05, looks=(14,)))
+    rng = np.random.default_rng(0)
+    for pair in range(14):
+        ratios = {name: math.log(1.1) + 0.001 * rng.standard_normal() for name in ("whole", "holes")}
+        if pair % 5 == 0:
+            del ratios["holes"]
+        family.add(ratios)
+    found = family.judgements()
+    assert [found[name].outcome for name in ("whole", "holes", "empty")] == ["regressed", "regressed", "inconclusive"]
+    assert [found[name].change.n for name in ("whole", "holes", "empty")] == [14, 11, 0]
+
+
 def test_controls_move_only_when_they_move():
     rng = np.random.default_rng(13)
     still = [moved(noise(rng, 14, 0.01), 0.02) for _ in range(500)]

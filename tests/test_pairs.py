@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from metabench.pairs import log_ratio, module_path, top_names, tracked_names
+from metabench.costs import Setting
+from metabench.pairs import Fault, Item, Name, Pairs, Side, log_ratio, module_path, top_names, tracked_names
 
 
 def test_a_pair_is_the_median_of_paired_ratios_so_drift_of_the_machine_cancels():
@@ -60,3 +61,22 @@ def test_a_repository_gives_its_packages_and_modules_names_but_not_its_tests_and
     assert tracked_names(["python/lib/other/__init__.py", "python/lib/other/x.py"]) == {"other"}
     others = ["tests/__init__.py", "docs/conf.py", "third_party/numpy/__init__.py", "scripts/torch.py", "json.py"]
     assert tracked_names(others) == set(), "an installed numpy or torch is no copy of these"
+
+
+def test_what_metabench_itself_needs_is_never_the_projects():
+    assert tracked_names(["backends/torch/__init__.py", "yaml.py", "mine.py"]) == {"mine"}
+    assert tracked_names(["easyfsl/__init__.py"]) == {"easyfsl"}, "but what only its extras need may be"
+
+
+def test_a_row_that_loses_some_pairs_stays_and_one_that_loses_many_is_given_up(tmp_path):
+    name = Name("maml/dots", "inner_step_time")
+    items = [Item(name, {}, Setting(1, "kept"))]
+    pairs = Pairs(Side("base", "b"), Side("candidate", "c"), items, tmp_path, seconds=1.0, seed=0)
+    pairs.taken = 20
+    for _ in range(5):
+        pairs._lose(name)
+        assert name in pairs.items and not pairs.faults
+    pairs._lose(name)
+    assert name not in pairs.items
+    assert pairs.faults[name] == Fault("both sides", "failed", pairs.faults[name].reason)
+    assert "less than the noise" in pairs.faults[name].reason
