@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from metabench.catalogue import BUDGETS, Catalogue, Plugin, Value
+from metabench.catalogue import BUDGETS, WITHIN, Catalogue, Plugin, Value
 from metabench.errors import ConfigError
 
 Item = tuple[str, Value]
@@ -45,7 +45,8 @@ _EPISODES = rf"(?:(?:{_COUNT}w)?{_COUNT}s{_COUNT}q|{_COUNT}w{_COUNT}t)"
 _BARE = re.compile(r"(?!(?:null|true|false)$)[A-Za-z_][A-Za-z0-9_.+-]*")
 _STRUCTURE = re.compile(r"[^!-~]|[,\[\]=/]")
 _ID = re.compile(rf"([^/]+)/([^/]+)/{_EPISODES}/([^/]+)/(\w+)-(\w+)/seed(0|[1-9][0-9]*)(?:/([^/]+))?")
-_TRAIN = re.compile(rf"(?:{_EPISODES}(?:x{_COUNT})?|{_COUNT}i)\*(?:{_COUNT}|([0-9][0-9.e+-]*)s)")
+_WITHIN = "|".join(WITHIN)
+_TRAIN = re.compile(rf"(?:{_EPISODES}(?:x{_COUNT})?(?:@({_WITHIN}))?|{_COUNT}i)\*(?:{_COUNT}|([0-9][0-9.e+-]*)s)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +54,9 @@ class TrainSpec:
     """How a meta-learner is trained: what one step sees and for how long.
 
     Fed with episodes: `tasks` episodes a step, each of `ways` classes (None: regression) with `shots` and `queries`
-    examples per class, or with `stream` images of `ways` classes one after another, no `shots` and no `queries`. Fed
-    with images: `batch` images a step, the rest None. Exactly one of `steps` and `seconds`.
+    examples per class, or with `stream` images of `ways` classes one after another, no `shots` and no `queries`;
+    `within` says whether an episode keeps to one alphabet. Fed with images: `batch` images a step, the rest None.
+    Exactly one of `steps` and `seconds`.
     """
 
     ways: int | None = None
@@ -62,18 +64,20 @@ class TrainSpec:
     queries: int | None = None
     stream: int | None = None
     tasks: int | None = None
+    within: str = "none"
     batch: int | None = None
     steps: int | None = None
     seconds: float | None = None
 
     @property
     def text(self) -> str:
-        """As in cell ids: '5w1s1qx8*3000', '5w50tx16*3000', '64i*3000', '10s10q*75s'."""
+        """As in cell ids: '5w1s1qx8*3000', '5w1s1q@alphabet*3000', '5w50tx16*3000', '64i*3000', '10s10q*75s'."""
         budget = f"{self.steps}" if self.steps is not None else f"{self.seconds!r}".removesuffix(".0") + "s"
         if self.batch is not None:
             return f"{self.batch}i*{budget}"
         shape = _shape(self.ways, self.shots, self.queries, self.stream)
-        return f"{shape}{f'x{self.tasks}' if self.tasks != 1 else ''}*{budget}"
+        many, within = f"x{self.tasks}" if self.tasks != 1 else "", f"@{self.within}" if self.within != "none" else ""
+        return f"{shape}{many}{within}*{budget}"
 
     @property
     def images_per_step(self) -> int:
@@ -118,10 +122,10 @@ class Cell:
     `params` and `data_params` are the explicit non-default parameters, sorted by name; `resolved` all parameters of
     the algorithm (it follows from `params`, and does not count when cells are compared). `split` is the class
     partition; cells are measured on its test subset (by `val_accuracy` alone on its validation subset). `within` says
-    whether a test task keeps to one alphabet; trainings never do. `ways` is None for regression; `stream` is the length
-    of a stream, whose `shots` and `queries` are 0, and None for episodes. `train` is None where there is nothing to
-    train, and for an algorithm that cannot do this problem. A `norm` that differs from the default stands in `params`
-    too; it is "none" for an algorithm without that parameter.
+    whether a test task keeps to one alphabet; of training tasks, `train` does. `ways` is None for regression; `stream`
+    is the length of a stream, whose `shots` and `queries` are 0, and None for episodes. `train` is None where there is
+    nothing to train, and for an algorithm that cannot do this problem. A `norm` that differs from the default stands in
+    `params` too; it is "none" for an algorithm without that parameter.
     """
 
     algorithm: str
@@ -301,9 +305,9 @@ def matches(key: str, filter: str) -> bool:
     return all(word in key for word in filter.split())
 
 
-def merge_training(layers: Iterable[Mapping[str, float]]) -> dict[str, float]:
+def merge_training(layers: Iterable[Mapping[str, Value]]) -> dict[str, Any]:
     """Lay training settings over one another, weakest first; a budget replaces a weaker budget of any kind."""
-    merged: dict[str, float] = {}
+    merged: dict[str, Any] = {}
     for layer in layers:
         if any(key in layer for key in BUDGETS):
             merged = {key: value for key, value in merged.items() if key not in BUDGETS}
@@ -311,7 +315,7 @@ def merge_training(layers: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return merged
 
 
-def train_spec(given: Mapping[str, float], *, feeds: str, task: Task) -> TrainSpec:
+def train_spec(given: Mapping[str, Any], *, feeds: str, task: Task) -> TrainSpec:
     """Return the training that merged settings mean for a task, the budget resolved to steps (seconds stay seconds).
 
     What is unset comes from the test task: its ways, its shots, and its queries as far as a class has images; or the
@@ -319,7 +323,7 @@ def train_spec(given: Mapping[str, float], *, feeds: str, task: Task) -> TrainSp
     `given` holds one budget, and not `episodes` if it feeds images: `training_problems` says so.
     """
     ways = None if task.ways is None else int(given.get("ways", task.ways))
-    stream = given.get("stream", None if {"shots", "queries"} & given.keys() else task.stream)
+    stream = _stream_of(given, task)
     if feeds == "images":
         spec = TrainSpec(batch=int(given.get("batch", 64)))
     elif stream:
@@ -328,7 +332,8 @@ def train_spec(given: Mapping[str, float], *, feeds: str, task: Task) -> TrainSp
         shots = int(given.get("shots", task.shots or 1))
         room = task.queries if task.images is None else max(1, task.images - shots)
         queries = int(given.get("queries", min(task.queries or 1, room)))
-        spec = TrainSpec(ways=ways, shots=shots, queries=queries, tasks=int(given.get("tasks", 1)))
+        tasks, within = int(given.get("tasks", 1)), str(given.get("within", "none"))
+        spec = TrainSpec(ways=ways, shots=shots, queries=queries, tasks=tasks, within=within)
     if "seconds" in given:
         return replace(spec, seconds=float(given["seconds"]))
     per_step = {"steps": 1, "episodes": spec.tasks or 1, "images": spec.images_per_step}
@@ -336,8 +341,14 @@ def train_spec(given: Mapping[str, float], *, feeds: str, task: Task) -> TrainSp
     return replace(spec, steps=-(-int(given[budget]) // per_step[budget]))
 
 
+def _stream_of(given: Mapping[str, Any], task: Task) -> int | None:
+    """The length of the streams that a training is on; None: it is on episodes (or images)."""
+    stream: int | None = given.get("stream", None if {"shots", "queries"} & given.keys() else task.stream)
+    return stream
+
+
 def training_problems(
-    given: Mapping[str, float], *, feeds: str, task: Task, follows: bool = False
+    given: Mapping[str, Any], *, feeds: str, task: Task, follows: bool = False
 ) -> Iterator[tuple[str, str]]:
     """Yield what is wrong with merged training settings for a task: the key at fault ('' if one lacks), and why.
 
@@ -349,6 +360,10 @@ def training_problems(
         yield "episodes", "it is fed with images, not episodes: give it a budget in steps or images"
     if feeds == "images":
         return
+    if (within := given.get("within", "none")) not in ("none", *task.dataset.meta["within"]):
+        yield "within", f"{task.dataset.name} has no tasks within one {within}"
+    elif within != "none" and _stream_of(given, task):
+        yield "within", "a stream is drawn from all classes: leave within out"
     if "stream" in given and not (follows and task.images is not None):
         yield "stream", "it cannot be trained on streams here: leave stream out"
         return
@@ -406,7 +421,7 @@ def coordinates_of(text: str) -> dict[str, Any]:
         trained, data, *shape, norm, device, precision, seed, call = match.groups()
         ways, shots, queries, stream = _parse_shape(shape)
         (algorithm, items), (dataset, (split, *parts)) = _unbracket(trained), _unbracket(data)
-        settings, drawn = dict(map(_pair, items)), dict(map(_pair, parts))
+        settings, drawn, number = dict(map(_pair, items)), dict(map(_pair, parts)), int(seed)
     except ValueError:
         raise ConfigError(f"not a cell id: {text[:200]!r}") from None
     return {
@@ -414,7 +429,7 @@ def coordinates_of(text: str) -> dict[str, Any]:
         "split": split, "rotations": drawn.get("rotations", "none"), "within": drawn.get("within", "none"),
         "ways": ways, "shots": shots, "queries": queries, "stream": stream, "norm": norm,
         "bn_mode": "transductive" if norm == "batch" else "inductive", "device": device, "precision": precision,
-        "seed": int(seed), "train_spec": settings.get("train", ""),
+        "seed": number, "train_spec": settings.get("train", ""),
     }  # fmt: skip
 
 
@@ -477,11 +492,13 @@ def _parse_train(text: str) -> TrainSpec:
     match = _TRAIN.fullmatch(text)
     if match is None:
         raise ValueError(f"no training reads {text!r}")
-    *shape, tasks, batch, steps, seconds = match.groups()
+    *shape, tasks, within, batch, steps, seconds = match.groups()
     if seconds is not None and not 0 < float(seconds) < math.inf:
         raise ValueError(f"no training reads {text!r}")
     ways, shots, queries, stream = _parse_shape(shape)
-    spec = TrainSpec(ways=ways, shots=shots, queries=queries, stream=stream, tasks=int(tasks or 1))
+    spec = TrainSpec(
+        ways=ways, shots=shots, queries=queries, stream=stream, tasks=int(tasks or 1), within=within or "none"
+    )
     spec = TrainSpec(batch=int(batch)) if batch else spec
     return replace(
         spec, steps=None if steps is None else int(steps), seconds=None if seconds is None else float(seconds)

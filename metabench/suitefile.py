@@ -68,6 +68,9 @@ class _Entry(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+Within = Literal["none", "alphabet", "drawer"]
+
+
 class TrainEntry(_Entry):
     """Training: what a step sees and one budget. What is unset comes from the algorithm's file, then from the task."""
 
@@ -83,6 +86,9 @@ class TrainEntry(_Entry):
         description="Train on streams of so many images, not on shots and queries; default: as the test task.",
     )
     tasks: Count | None = Field(default=None, description="Tasks per step (episode-fed algorithms); default 1.")
+    within: Within | None = Field(
+        default=None, description="Training classes of one alphabet a task, as for test tasks; default: of any."
+    )
     batch: Count | None = Field(default=None, description="Images per step (image-fed algorithms); default 64.")
     steps: Count | None = Field(default=None, description="Budget: training steps.")
     episodes: Count | None = Field(default=None, description="Budget: training tasks; resolved to steps.")
@@ -125,7 +131,7 @@ class TaskEntry(_Entry):
         default="none",
         description="Rotations by 90 degrees: new classes everywhere, or in training only, or augmentation.",
     )
-    within: Literal["none", "alphabet", "drawer"] = Field(
+    within: Within = Field(
         default="none",
         description="Test classes of one alphabet; 'drawer': besides, support by the same hands, queries by others.",
     )

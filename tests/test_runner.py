@@ -331,6 +331,18 @@ def _blind():
 # --- streams ----------------------------------------------------------------------------------------------------
 
 
+def test_a_training_within_one_alphabet_is_drawn_there(tmp_path):
+    write_learner(tmp_path, "learner")
+    both = [f"{{name: learner, train: {{ways: {ways}, within: alphabet}}}}" for ways in (3, 4)]
+    done = metabench("run", write_suite(tmp_path, "inside", both), "--out", tmp_path / "out")
+    assert done.returncode == 3, done.stderr
+    rows = of(results(tmp_path / "out" / "inside" / "latest"), "learner")
+    good = [row for row in rows if row["train_spec"] == "3w1s2q@alphabet*12"]
+    bad = [row for row in rows if row["train_spec"] == "4w1s2q@alphabet*12"]  # each alphabet has three classes
+    assert [row["status"] for row in good] == ["ok", "ok"] and len(bad) == 2
+    assert all("4 ways within one alphabet, but the largest" in row["reason"] for row in bad)
+
+
 def test_streams_are_trained_on_selected_by_and_judged_by_presentation(tmp_path):
     """With an interval by class around each presentation's score; what would fine-tune on a stream is skipped."""
     suite = write_suite(tmp_path, "streams", ["{name: lstm-baseline, params: {units: 4, finetune_steps: [0, 1]}}"])

@@ -318,13 +318,14 @@ budgets = st.one_of(
 trainings = st.none() | st.one_of(
     st.builds(lambda batch, budget: TrainSpec(batch=batch, **budget), counts, budgets),
     st.builds(
-        lambda ways, shots, queries, tasks, budget: TrainSpec(
-            ways=ways, shots=shots, queries=queries, tasks=tasks, **budget
+        lambda ways, shots, queries, tasks, within, budget: TrainSpec(
+            ways=ways, shots=shots, queries=queries, tasks=tasks, within=within, **budget
         ),
         st.none() | counts,
         counts,
         counts,
         counts,
+        st.sampled_from(["none", "alphabet", "drawer"]),
         budgets,
     ),
     st.builds(
@@ -534,6 +535,8 @@ threads: two
         ("{steps: 3}", "{steps: 3, ways: 11}", "6: proto: 11 training ways are more than the 10 training classes"),
         ("{steps: 3}", "{steps: 3, queries: 20}", "6: proto: 1 shots + 20 queries in training are 21"),
         ("{steps: 3}", "{steps: 3, shots: 20}", "6: proto: 20 shots + 1 queries in training are 21"),
+        ("{steps: 3}", "{steps: 3, within: drawer}", "6: proto: dots has no tasks within one drawer"),
+        ("{steps: 3}", "{steps: 3, within: script}", "6: train.within must be 'none', 'alphabet' or 'drawer'"),
         ("{steps: 3}", "{steps: 3.5}", "6: train.steps must be a whole number, not 3.5"),
         ("{steps: 3}", "{steps: true}", "6: train.steps must be a whole number, not True"),
         ("{steps: 3}", "{steps: 1e999}", "6: train.steps must be a whole number, not inf"),
@@ -619,6 +622,48 @@ def test_rotated_copies_are_classes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["suite: x\n", "cells: []\n", "{}", "controls: true\n"])
 def test_a_suite_without_cells_is_a_mistake(tmp_path: Path, text: str) -> None:
     assert problems(tmp_path, text) == ["1: the suite has no cells: add a grid of tasks and algorithms, or cells"]
+
+
+MARGINS = """\
+thresholds:
+  overrides:
+    - {algorithm: proto, accuracy: 1 point}
+    - OVERRIDE
+"""
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["{algorithm: guess, time: 3%}", '{match: "dots /5w1s", time: 3%}', "{algorithm: proto, match: running, time: 3%}",
+     '{match: "", time: 3%}', "{match: cuda, time: 3%}", "{match: cuda-float32/seed3, time: 3%}"],
+)  # fmt: skip
+def test_margins_may_name_what_a_run_can_be_asked_for(tmp_path: Path, override: str) -> None:
+    found = load(tmp_path, small() + MARGINS.replace("OVERRIDE", override))
+    assert len(found.thresholds["overrides"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("{algorithm: prato, time: 3%}", "'prato' is no algorithm of the suite (did you mean 'proto'?)"),
+        ("{algorithm: grad, time: 3%}", "'grad' is no algorithm of the suite (known: guess, proto)"),
+        ("{match: doots, time: 3%}", "match 'doots' fits no cell of the suite (did you mean 'dots'?)"),
+        ('{match: "dots /5w2s", time: 3%}', "match 'dots /5w2s' fits no cell of the suite"),
+        ("{match: 'zzz', time: 3%}", "match 'zzz' fits no cell of the suite"),
+        ("{algorithm: guess, match: running, time: 3%}", "match 'running' fits no cell of guess"),
+        ("{match: bf16, time: 3%}", "match 'bf16' fits no cell of the suite"),
+    ],
+)
+def test_margins_of_no_cell_are_a_mistake(tmp_path: Path, override: str, expected: str) -> None:
+    text = small() + MARGINS.replace("OVERRIDE", override)
+    line = text.splitlines().index(f"    - {override}") + 1
+    assert problems(tmp_path, text) == [f"{line}: {expected}"]
+
+
+def test_margins_are_not_blamed_for_another_mistake(tmp_path: Path) -> None:
+    text = small("prato") + MARGINS.replace("OVERRIDE", "{match: proto, time: 3%}")
+    (line,) = problems(tmp_path, text)
+    assert "unknown algorithm 'prato'" in line
 
 
 def test_a_broken_plugin_is_named_twice_over(tmp_path: Path) -> None:
@@ -798,6 +843,7 @@ def test_episodes_have_no_presentations(tmp_path: Path) -> None:
         ("stream: 50", "steps: 10, shots: 2, queries: 3", "5w2s3qx16*10"),
         ("stream: 50", "steps: 10, shots: 2", "5w2s1qx16*10"),
         ("shots: 1, queries: 5", "steps: 10, stream: 30", "5w30tx16*10"),
+        ("shots: 1, queries: 5", "steps: 10, within: alphabet", "5w1s5qx16@alphabet*10"),
     ],
 )
 def test_training_is_on_streams_or_on_episodes(tmp_path: Path, task: str, train: str, text: str) -> None:
@@ -814,6 +860,7 @@ def test_training_is_on_streams_or_on_episodes(tmp_path: Path, task: str, train:
         ("stream: 50", "stream: 0", "stream must be at least 1, not 0"),
         ("dots, ways: 5", "waves", "waves[plain] is regression: it has no streams"),
         ("steps: 10", "steps: 10, stream: 101", "a stream of 101 in training: 5 classes have 100 images"),
+        ("steps: 10", "steps: 10, within: alphabet", "a stream is drawn from all classes: leave within out"),
         ("steps: 10", "steps: 10, stream: 20, shots: 1", "on streams, or on episodes with shots and queries"),
         ("stream: 50", "queries: 5", "shots is missing: add it"),
     ],
