@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import typer.main
+import yaml
 
+import metabench
 from metabench.cli import app
 from metabench.suite import load_suite, shipped_suites
 
@@ -50,14 +52,62 @@ def test_the_contract_of_exit_codes_stands_in_the_help_of_the_module():
         assert code in (cli.__doc__ or "")
 
 
+def _blocks(text):
+    """(language, code) of every fenced block of a document."""
+    return re.findall(r"^```([^\n]*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def _strings(value):
+    """Every string in plain data."""
+    if isinstance(value, dict):
+        yield from _strings([*value.values()])
+    elif isinstance(value, list):
+        for one in value:
+            yield from _strings(one)
+    elif isinstance(value, str):
+        yield value
+
+
+def _scripts(text):
+    """The code of a document, line by line as a shell sees it; of YAML what stands in it, folded and joined."""
+    for language, code in _blocks(text):
+        pieces = _strings(yaml.safe_load(code)) if language == "yaml" else [code]
+        for piece in pieces:
+            yield from re.sub(r"\\\n\s*", " ", piece).splitlines()
+    yield from re.findall(r"`([^`\n]+)`", text)
+
+
 def _called(text):
     """The words of every metabench command in the code of a document."""
-    code = re.findall(r"```[^\n]*\n(.*?)```", text, re.DOTALL) + re.findall(r"`([^`\n]+)`", text)
-    for piece in code:
-        for line in piece.splitlines():
-            found = re.match(r"\s*(?:\$ )?metabench\s+(.*)", line.split("#")[0])
+    for line in _scripts(text):
+        for command in re.split(r"\|\||&&|;", line.split("#")[0]):
+            found = re.match(r"\s*(?:\$ )?metabench\s+(.*)", command)
             if found:
                 yield found[1].split()
+
+
+def test_the_commands_in_a_workflow_are_found():
+    text = """```yaml
+jobs:
+  one:
+    - run: metabench check a.yaml --base HEAD^1
+    - run: |
+        metabench run b.yaml --seeds 0
+        metabench check --baseline c \\
+          --only counts
+script:
+  - test -d bench || metabench ls
+  - >
+    metabench data
+    ls
+  - pip install metabench
+```"""
+    assert [" ".join(words) for words in _called(text)] == [
+        "check a.yaml --base HEAD^1", "run b.yaml --seeds 0", "check --baseline c --only counts", "ls", "data ls"
+    ]  # fmt: skip
+    found = [" ".join(words) for words in _called((ROOT / "docs/ci.md").read_text(encoding="utf-8"))]
+    for words in ("check bench/gate.yaml --base", "check --baseline bench/baseline/gate", "run bench/gate.yaml --out"):
+        assert sum(call.startswith(words) for call in found) >= 2, words
 
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=_named)
@@ -72,6 +122,50 @@ def test_commands_flags_and_suites_in_the_documents_exist(file):
         for word in called:
             flag = word.partition("=")[0].strip("[]")
             assert not flag.startswith("-") or flag in flags, f"{file.name}: {' '.join(called)}: no {flag}"
+
+
+def _yaml(file, key):
+    """Those blocks of YAML in a document that have a top-level key, as text."""
+    blocks = _blocks((ROOT / file).read_text(encoding="utf-8"))
+    return [code for language, code in blocks if language == "yaml" and key in yaml.safe_load(code)]
+
+
+def test_the_workflows_have_steps_and_save_what_the_others_restore():
+    (text,) = _yaml("docs/ci.md", "jobs")
+    jobs = yaml.safe_load(text)["jobs"]
+    assert set(jobs) == {"pull-request", "nightly"}
+    assert all(("run" in step) != ("uses" in step) for job in jobs.values() for step in job["steps"])
+    caches = {job: [step["with"] for step in jobs[job]["steps"] if "cache" in step.get("uses", "")] for job in jobs}
+    assert caches["pull-request"] == caches["nightly"] and len(caches["nightly"]) == 1
+    (text,) = _yaml("docs/ci.md", "metabench")
+    for name, job in yaml.safe_load(text).items():
+        assert all(isinstance(line, str) for line in job["script"]), f"{name}: a colon made a line a mapping"
+        assert job["cache"]["paths"] == ["bench/baseline/"]
+
+
+def test_the_workflows_install_this_version():
+    text = (ROOT / "docs/ci.md").read_text(encoding="utf-8")
+    wheels = re.findall(r"metabench-([0-9][^-\s]*)-py3-none-any\.whl", text)
+    assert len(wheels) == 2 and {*wheels} == {metabench.__version__}
+
+
+def test_the_suite_of_the_workflows_is_one(tmp_path):
+    (text,) = _yaml("docs/ci.md", "suite")
+    method = (ROOT / "docs/examples/scaled_protonet.py").read_text(encoding="utf-8")
+    (tmp_path / "my_method.py").write_text(method.replace("scaled-protonet", "my-method"), encoding="utf-8")
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench/gate.yaml").write_text(text, encoding="utf-8")
+    suite = load_suite(tmp_path / "bench/gate.yaml")
+    assert suite.name == "gate" and [cell.algorithm for cell in suite.cells()] == ["my-method"]
+    (measures,) = suite.points.values()
+    assert {"accuracy", "adapt_time", "meta_step_time", "meta_step_flops"} == {*measures}
+
+
+def test_the_margins_shown_are_those_of_a_suite(tmp_path):
+    (text,) = _yaml("docs/ci.md", "thresholds")
+    grid = "grid: {tasks: [{dataset: glyphs, ways: 5, shots: 1, queries: 5}], algorithms: [reptile]}\n"
+    (tmp_path / "mine.yaml").write_text(f"{grid}train: {{steps: 1}}\n{text}", encoding="utf-8")
+    assert len(load_suite(tmp_path / "mine.yaml").thresholds["overrides"]) == 2
 
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=_named)
