@@ -358,7 +358,7 @@ def test_counts_of_a_device_that_is_not_there_are_left_out(project, here):
 
 def test_every_setting_tells_what_it_loads_and_has_controls_of_its_own(project, here):
     write_learner(project, "other")
-    suite = write(project)
+    suite = write(project, settings=GATE.replace("[1]", "[2]"))
     grid = suite.read_text().partition("grid:\n")[2].partition("threads:")[0]
     again = textwrap.indent(textwrap.dedent(grid), "    ").replace("    tasks", "  - tasks", 1)
     second = again.replace("[learner]", "[other]") + "    calls: [{allocator: default}]\n"
@@ -545,14 +545,14 @@ def test_two_checks_of_one_repository_at_once_leave_each_other_alone(project, mo
     scratch.mkdir()
     monkeypatch.setenv("TMPDIR", str(scratch))
     monkeypatch.chdir(project)
-    write(project, sabotage="time.sleep(0.01)", settings="gate: {alpha: 0.5, looks: [4], seconds: 0.1}")
+    write(project, sabotage="time.sleep(0.01)", settings=GATE)
     with (
         started("check", "mine.yaml", "--base", "HEAD") as first,
         started("check", "mine.yaml", "--base", "HEAD") as other,
     ):
         until(lambda: len(left(project)[1]) == 2, "two worktrees")
         for process in (first, other):
-            said, errors = process.communicate(timeout=120)
+            said, errors = process.communicate(timeout=300)
             assert process.returncode == 1 and "1 regressed" in said, errors
     assert left(project) == ([], [])
 
