@@ -450,11 +450,9 @@ def test_only_a_trainer_step_moves_running_statistics(case: Case) -> None:
 def test_training_learns_what_is_easy(case: Case) -> None:
     # the rate of 2.0 on the mean loss that MAML's paper uses makes so short a training a matter of rounding
     params: dict[str, Any] = {"inner_loss": "mean"} if PLUGINS[case.name].parameter("inner_loss") else {}
-    if width := PLUGINS[case.name].parameter("filters"):
-        params["filters"] = width.default  # narrow networks are cheap, and learn late
     algorithm = fresh(case, **params)
     if math.isinf(algorithm.slow_start):
-        pytest.skip("so short a training shows nothing: see the next test, and its own")
+        pytest.skip("so short a training shows nothing: the next test does")
     steps, at_once = (20, 8) if case.problem == "regression" else (30, 1) if algorithm.feeds == "images" else (16, 3)
     steps *= int(algorithm.slow_start)
     watched = batch(algorithm, case, 1000, 16)
@@ -466,8 +464,7 @@ def test_training_learns_what_is_easy(case: Case) -> None:
     algorithm.eval()
     with torch.no_grad():
         algorithm.prepare(tasks(case.problem, "train"))
-        # what learns late is near the bound yet: the score of a few tasks would decide by luck
-        episode = episodes(case, 200 if width else 30)
+        episode = episodes(case, 30)
         reached = score(case, answer(algorithm, episode), episode.query).mean()
     assert case.problem == "regression" or reached > 0.75
 
@@ -478,10 +475,12 @@ def test_training_fits_a_few_tasks(case: Case) -> None:
     if not math.isinf(algorithm.slow_start):
         pytest.skip("it learns at once: see the test before")
     few = batch(algorithm, case, 0, 3)
-    trainer, before = algorithm.trainer(60), _loss(algorithm, few)
-    for _ in range(60):
+    trainer, before = algorithm.trainer(120), _loss(algorithm, few)
+    for step in range(120):
         trainer.step(few)
-    assert _loss(algorithm, few) < 0.5 * before
+        if step % 10 == 9 and _loss(algorithm, few) < 0.5 * before:
+            return
+    pytest.fail("the loss on three tasks is no half of what it was, after 120 steps on them")
 
 
 def _loss(algorithm: Algorithm, watched: Episode | Batch) -> float:

@@ -257,6 +257,10 @@ class MetaNet(FineTuning):
         example: the generators m of the base learner's.
     """
 
+    # every answer is the same until fast weights mean something, and that takes some hundred tasks: in a shorter training
+    # the initial draw decides
+    slow_start = math.inf
+
     def __init__(
         self,
         problem: Problem,
