@@ -228,6 +228,16 @@ def test_a_reader_that_has_enough_is_no_failure():
     assert "BrokenPipe" not in done.stderr
 
 
+def test_a_run_whose_progress_nobody_reads_goes_on(tmp_path):
+    command = [sys.executable, "-m", "metabench", "run", "smoke", "-k", "chance", "--out", tmp_path]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=write, text=True, env=environ(), check=False)
+    os.close(write)
+    assert done.returncode == 0
+    assert (tmp_path / "smoke" / "latest" / "results.csv").read_text().count(",chance,") == 5
+
+
 def test_an_ascii_terminal_gets_escapes():
     done = metabench("ls", "algorithms", env=environ(PYTHONIOENCODING="ascii", COLUMNS="60"))
     assert done.returncode == 0

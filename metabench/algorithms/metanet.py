@@ -257,8 +257,8 @@ class MetaNet(FineTuning):
         example: the generators m of the base learner's.
     """
 
-    # every answer is the same until fast weights mean something, and that takes some hundred tasks: in a shorter training
-    # the initial draw decides
+    # every answer is the same until fast weights mean something, and that takes some hundred tasks: in a shorter
+    # training the initial draw decides
     slow_start = math.inf
 
     def __init__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import IO, TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,12 +23,26 @@ Select = Annotated[str, typer.Option("-k", "--select", help="Only rows whose 'ce
 
 
 def console(*, stderr: bool = False) -> Console:
-    """For people: standard error, or standard output as wide as tables are there."""
+    """For people: standard error, or standard output as wide as tables are there.
+
+    Where nobody reads any more (`2>&1 | head`) the command goes on in silence: its exit code says what it found, and
+    rich's own, 1, would be a regression.
+    """
     from rich.console import Console
 
+    class Patient(Console):
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+            discard(self.file)
+
     if stderr:
-        return Console(stderr=True, emoji=False)  # a path may hold :tada:
-    return Console(width=width(), highlight=False, emoji=False)
+        return Patient(stderr=True, emoji=False)  # a path may hold :tada:
+    return Patient(width=width(), highlight=False, emoji=False)
+
+
+def discard(stream: IO[str]) -> None:
+    """Let what a stream still holds, and all that follows, go nowhere: it cannot be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def width() -> int:
@@ -44,7 +58,7 @@ def print_text(text: str) -> None:
         sys.stdout.write(text if not text or text.endswith("\n") else text + "\n")
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has enough (`| head`): that is no failure
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
 
 
 def device_of(asked: str) -> str | None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, TextIO
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from metabench.cli.terminal import DataRoot, Select, console, print_text, use_data_root
+from metabench.cli.terminal import DataRoot, Select, console, discard, print_text, use_data_root
 from metabench.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
@@ -278,7 +277,7 @@ def _conclude(found: Sequence[Findings], fail_on: Sequence[str], format: str, ju
         print_findings(found, format, fail_on)
     except OSError as error:
         wrong.append(f"cannot write the output: {error.strerror or error}")
-        _close(sys.stdout)
+        discard(sys.stdout)
     for line in (told.annotation, *(f"error: {one}" for one in wrong), f"verdict: {verdict}"):
         if line:
             _tell(line)
@@ -292,10 +291,7 @@ def print_findings(found: Sequence[Findings], format: str, fail_on: Collection[s
     if format != "table":
         print_text(verdict_report.render(found, format, fail_on=fail_on))
         return
-    people = console()
-    with people.capture() as text:  # rich itself would end the command where a reader has enough (`| head`)
-        verdict_report.show(found, people)
-    print_text(text.get())
+    verdict_report.show(found, console())
 
 
 def _tell(line: str) -> None:
@@ -303,9 +299,4 @@ def _tell(line: str) -> None:
     try:
         typer.echo(line, err=True)
     except OSError:
-        _close(sys.stderr)
-
-
-def _close(stream: TextIO) -> None:
-    """Let what a stream still holds, and all that follows, go nowhere: it cannot be written."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        discard(sys.stderr)
