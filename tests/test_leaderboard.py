@@ -24,7 +24,8 @@ from metabench.errors import ConfigError, MetabenchError, NothingRan, StoreError
 from metabench.leaderboard import files, leaderboard, pack, pareto, ranking, rawrows, verify
 from metabench.leaderboard.boardfile import read_board
 from metabench.leaderboard.boards import boards
-from metabench.leaderboard.collect import collect, plain, source_of
+from metabench.leaderboard.collect import collect
+from metabench.leaderboard.source import plain, source_of
 from metabench.leaderboard.summary import _signed_rank, summaries
 from metabench.store import Run
 from metabench.verdict_report import SUMMARY_BYTES

@@ -16,7 +16,8 @@ from leaderboard_runs import cell_of, edited, rewritten, row, run_of, trials
 from metabench.disk import MAX_UNPACKED
 from metabench.errors import ConfigError, MetabenchError, NothingRan, StoreError
 from metabench.leaderboard import leaderboard, pack, verify
-from metabench.leaderboard.collect import collect, source_of
+from metabench.leaderboard.collect import collect
+from metabench.leaderboard.source import source_of
 from metabench.report import csvfile
 from metabench.report.load import load
 from metabench.store import Run

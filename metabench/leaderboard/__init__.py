@@ -18,7 +18,8 @@ from metabench.leaderboard import bundle, files, rawrows, rerunfile, site
 from metabench.leaderboard.audit import Audit, Problem, audit, results_of
 from metabench.leaderboard.boardfile import BoardEntry, read_board
 from metabench.leaderboard.boards import Board, boards
-from metabench.leaderboard.collect import Collected, Fingerprint, Source, Training, collect, loaded, plain, source_of
+from metabench.leaderboard.collect import Collected, Fingerprint, Training, collect
+from metabench.leaderboard.source import Source, loaded, plain, source_of
 from metabench.leaderboard.summary import Summary, summaries
 from metabench.store import Run
 

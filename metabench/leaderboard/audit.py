@@ -19,16 +19,12 @@ import numpy as np
 from metabench import environment
 from metabench.disk import Ints, read_predictions
 from metabench.errors import StoreError
-from metabench.leaderboard.collect import (
-    Fingerprint,
-    Training,
-    agree,
+from metabench.leaderboard.collect import Fingerprint, Training, agree, check_scores, fingerprint, seed_of
+from metabench.leaderboard.source import (
     algorithm_of,
     check_manifest,
-    check_scores,
     coordinates,
     counted,
-    fingerprint,
     finite,
     is_control,
     lines,
@@ -37,7 +33,6 @@ from metabench.leaderboard.collect import (
     plain,
     quality,
     regular,
-    seed_of,
 )
 from metabench.report import csvfile
 from metabench.report.model import RunData

@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from metabench.document import Document
 from metabench.errors import ConfigError, did_you_mean
-from metabench.leaderboard.collect import Source, algorithm_of
 from metabench.leaderboard.protocols import Protocol
 from metabench.leaderboard.ranking import MIN_SEEDS
+from metabench.leaderboard.source import Source, algorithm_of
 from metabench.suitefile import Count, Seed, Ways
 
 

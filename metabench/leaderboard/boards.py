@@ -13,11 +13,12 @@ from functools import cached_property
 
 import numpy as np
 
-from metabench.leaderboard.collect import MISSING, Collected, Score, plain
+from metabench.leaderboard.collect import MISSING, Collected, Score
 from metabench.leaderboard.copies import marked
 from metabench.leaderboard.costs import by_run
 from metabench.leaderboard.protocols import Protocol, by_protocol
 from metabench.leaderboard.ranking import MIN_SEEDS, Differences, Ranking, differences, rank
+from metabench.leaderboard.source import plain
 from metabench.leaderboard.standings import Standing, labelled, methods, standing
 from metabench.stats import Interval
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from metabench.disk import write_whole
 from metabench.errors import ConfigError, StoreError
-from metabench.leaderboard.collect import SUBMISSION, plain, regular, reserved
+from metabench.leaderboard.source import SUBMISSION, plain, regular, reserved
 from metabench.store import Run
 
 SCHEMA = 1  # of submission.json

@@ -1,45 +1,41 @@
-"""Runs in, plain scores and costs out: the one place where a leaderboard reads a disk, and trusts nothing it reads.
+"""Runs in, plain scores and costs out: what a leaderboard is made of, each figure checked against its raw scores.
 
-Result files come from anybody. What stands in a cell's id is taken from there and must agree with the manifest; a
-figure is made anew from its raw scores and must agree with what is stated; text is text, whatever it holds.
+Nothing is taken as stated. A figure is made anew from its raw scores and must agree with what is stated; a result that
+is handed in twice, or a training as two seeds, is refused.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import math
-import re
-import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache, partial
-from pathlib import Path
-from typing import Any, Literal
+from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 
-from metabench.cells import coordinates_of
-from metabench.errors import ConfigError, StoreError
+from metabench.errors import StoreError
+from metabench.leaderboard.source import (
+    Source,
+    Trust,
+    algorithm_of,
+    coordinates,
+    finite,
+    is_control,
+    loaded,
+    parsed_id,
+    plain,
+    quality,
+)
+from metabench.leaderboard.tried import Unlisted, count_tried, unlisted_of
 from metabench.report.load import class_credit
-from metabench.report.model import CONTROLS
 from metabench.stats import Floats, mean_interval
-from metabench.store import FINAL, NOT_HERE, Key, Measurement, Run, parsed
+from metabench.store import Measurement, Run
 
-Trust = Literal["claimed", "recomputed", "re-run"]
-SUBMISSION = "submission.json"
-LOCAL = ""  # the submitter of a run without a submission file: whoever builds the board
-MAINTAINERS = "this board's maintainers"  # that submitter in words: nobody else may take the name
-STATED = ("cell", "algorithm", "dataset", "split", "rotations", "within", "ways", "shots", "queries", "stream", "norm",
-          "bn_mode", "device", "precision", "seed", "train_spec")  # fmt: skip
+MISSING = "missing"  # the status of a row that is declared and has no measurement
 TIMES = ("adapt_time", "train_time")
 TOLERANCE = 1e-9  # between a stated figure and the one made anew, relative
-
-
-_Tried = dict[
-    tuple[str, str, str], dict[tuple[str, str], dict[Key, set[str]]]
-]  # by row, the hashes it was scored under
 Fingerprint = tuple[Any, ...]  # what equal scores of one method on one task have in common, whatever their seed
 
 
@@ -55,41 +51,6 @@ class Training:
         """What to say where another seed has the same scores."""
         where = f" in {self.run}" if elsewhere else ""
         return f"the same scores as {plain(self.cell)}{where}: a seed that changes nothing is no second seed"
-
-
-@dataclass(frozen=True, eq=False)
-class Source:
-    """One run as it was handed in: its folder, who sent it, and what became of verifying it.
-
-    `recomputed` are the results that were shown to follow from answers and test episodes: no other result is called
-    so. `doubts` are results of a verified run that were not, each with the reason.
-    """
-
-    run: Run
-    submitter: str
-    recomputed: frozenset[Key] = frozenset()
-    doubts: Mapping[Key, str] = field(default_factory=dict)
-
-    @property
-    def trust(self) -> Trust:
-        """How far the run as a whole is trusted: no further than any of its results."""
-        results = [key for key, one in self.counted.items() if one.status == "ok" and quality(key[1])]
-        return "recomputed" if results and self.recomputed.issuperset(results) else "claimed"
-
-    @property
-    def name(self) -> str:
-        """The run's name as shown."""
-        return plain(self.run.name)
-
-    @cached_property
-    def measured(self) -> dict[Key, Measurement]:
-        """Its measurements, read once. Raises StoreError, naming the row, for a field that is not of its type."""
-        return measured(self.run)
-
-    @cached_property
-    def counted(self) -> dict[Key, Measurement]:
-        """Of those the ones that count: see the function of that name."""
-        return counted(self.run, self.measured)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,14 +107,6 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Unlisted:
-    """A result that was measured and that its run's plan lists no more: which seed it was, and what became of it."""
-
-    seed: int
-    status: str
-
-
-@dataclass(frozen=True)
 class Collected:
     """Everything a leaderboard is made of.
 
@@ -168,197 +121,6 @@ class Collected:
     unlisted: Mapping[tuple[Any, ...], tuple[Unlisted, ...]]
     environments: Mapping[str, Mapping[str, Any]]
     remarks: tuple[str, ...] = ()
-
-
-def plain(text: object, limit: int = 300) -> str:
-    """Text of others as one line that plays no tricks: no control characters, none that turn the writing around."""
-    shown = str(text)
-    if not (shown.isascii() and shown.isprintable()):
-        shown = "".join(" " if c in "\n\t\r" else c if _harmless(c) else "\ufffd" for c in shown)
-    return shown if len(shown) <= limit else f"{shown[:limit]}…"
-
-
-def _harmless(char: str) -> bool:
-    return char.isprintable() and unicodedata.category(char) != "Cf"
-
-
-def source_of(run: Run) -> Source:
-    """A run as a source. Raises StoreError where its manifest does not hold together or a file of it is a link."""
-    for name in ("manifest.json", "measurements.jsonl", "samples.jsonl", "environment.json"):
-        regular(run, name)
-    check_manifest(run)
-    return Source(run, submitter_of(run))
-
-
-def regular(run: Run, name: str) -> Path | None:
-    """The file of that name inside the run's folder, or None where there is none.
-
-    Raises StoreError for a link or anything else that is no plain file inside it: a run folder of others must not make
-    us read, or publish, our own files.
-    """
-    file = run.path / name
-    if not file.exists() and not file.is_symlink():
-        return None
-    if file.is_symlink() or not file.is_file() or run.path not in file.resolve().parents:
-        raise StoreError(f"{file}: not a plain file of the run; links are not followed")
-    return file
-
-
-def submitter_of(run: Run) -> str:
-    """Who handed the run in, as its submission file says; empty for a run of our own. Raises StoreError if damaged."""
-    file = regular(run, SUBMISSION)
-    if file is None:
-        return LOCAL
-    try:
-        name = json.loads(file.read_text(encoding="utf-8"))["submitter"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise StoreError(f"{file}: cannot be read ({error}); make the bundle again") from error
-    if not isinstance(name, str) or not name.strip():
-        raise StoreError(f"{file}: the submitter must be a name")
-    if reserved(name):
-        raise StoreError(f"{file}: the submitter {plain(name.strip(), 80)!r} is reserved for whoever builds a board")
-    return plain(name.strip(), 80)
-
-
-def reserved(submitter: str) -> bool:
-    """Whether a name reads like the one that stands for whoever builds a board."""
-    words = unicodedata.normalize("NFKC", submitter).casefold().replace("\u2019", "'").split()
-    return " ".join(words) == MAINTAINERS
-
-
-def loaded(run: Run) -> str:
-    """What to say of a run that loaded another's weights, as its manifest has it; empty for one that trained."""
-    origin = run.manifest.get("weights")
-    if not origin:
-        return ""
-    name = plain(origin, 100)
-    return (
-        f"its weights are those of {name}, loaded (metabench run --weights): nothing was trained, and a training "
-        f"counts once; name {name} instead"
-    )
-
-
-def check_manifest(run: Run) -> None:
-    """Raise StoreError, naming the place, where a manifest's cells and rows are not what reading relies on."""
-    file = run.path / "manifest.json"
-    cells, rows = run.manifest["cells"], run.manifest["rows"]
-    if not isinstance(cells, dict) or not isinstance(rows, list):
-        raise StoreError(f"{file}: cells must be a mapping and rows a list; the run is damaged")
-    seen: set[Key] = set()
-    for number, row in enumerate(rows):
-        where = f"{file}: rows[{number}]"
-        if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("cell", "measure", "hash")):
-            raise StoreError(f"{where}: a row has a cell, a measure and a hash, all text; the run is damaged")
-        key = row["cell"], row["measure"]
-        if key in seen:
-            raise StoreError(f"{where}: {key[0]} {key[1]} is listed twice; keep one of the rows")
-        if not isinstance(cells.get(key[0]), dict):
-            raise StoreError(f"{where}: its cell {plain(key[0])} is not among the manifest's cells")
-        seen.add(key)
-
-
-MISSING = "missing"  # the status of a row that is declared and has no measurement
-TEXTS = ("cell", "measure", "status", "reason", "unit", "hash", "environment", "at")
-NUMBERS = ("n", "value", "ci_low", "ci_high", "sd", "samples")
-
-
-def measured(run: Run) -> dict[Key, Measurement]:
-    """The run's measurements. Raises StoreError, naming the row, for a field that is not of its type."""
-    file = run.path / "measurements.jsonl"
-    try:
-        found = run.measurements()
-    except (TypeError, AttributeError, OverflowError) as error:
-        raise StoreError(f"{file}: damaged: a row's pointer into samples.jsonl is no position ({error})") from error
-    for one in found.values():
-        wrong = [f"{name} is of a wrong type" for name in TEXTS if not isinstance(getattr(one, name), str)]
-        wrong += [f"{name} is no finite number" for name in NUMBERS if not _optional_number(getattr(one, name))]
-        wrong += [] if isinstance(one.facts, dict) else ["facts is of a wrong type"]
-        if wrong:
-            raise StoreError(f"{file}: {plain(one.cell)} {plain(one.measure)}: {wrong[0]}")
-    if not isinstance(run.environments(), dict):
-        raise StoreError(f"{run.path / 'environment.json'}: must be a mapping of machines; the run is damaged")
-    return found
-
-
-def counted(run: Run, last: Mapping[Key, Measurement]) -> dict[Key, Measurement]:
-    """Of each row of the plan its measurement in `last`, if it was made as the plan says (by its hash).
-
-    A row that was skipped for want of a device has a hash of its own. Nothing else may have it: a number under that
-    hash was made nobody knows how.
-    """
-    found: dict[Key, Measurement] = {}
-    for row in run.manifest["rows"]:
-        one = last.get((row["cell"], row["measure"]))
-        if one and (one.hash == row["hash"] or (one.hash == NOT_HERE and one.status == "skipped")):
-            found[one.key] = one
-    return found
-
-
-def lines(run: Run) -> Iterator[Mapping[str, Any]]:
-    """Every whole line of measurements.jsonl, also of earlier measurements. Raises StoreError if one is damaged."""
-    file = run.path / "measurements.jsonl"
-    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1] if file.is_file() else [], 1):
-        try:
-            record = parsed(line)
-        except ValueError as error:
-            raise StoreError(f"{file}:{number}: damaged line ({error}); delete that line to go on") from error
-        if isinstance(record, dict):
-            yield record
-
-
-def algorithm_of(cell: str) -> str:
-    """The algorithm's name in a cell's id, or in whatever stands in its place."""
-    return re.split(r"[\[/]", cell, maxsplit=1)[0]
-
-
-def finite(value: object) -> float | None:
-    """A number as a float; None for what is no number, is not finite, or is larger than any float."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _optional_number(value: object) -> bool:
-    return value is None or finite(value) is not None
-
-
-def coordinates(run: Run, cell: str) -> dict[str, Any]:
-    """A cell's coordinates: from its id, with what only the manifest knows. Raises StoreError where they disagree."""
-    stated = run.manifest["cells"][cell]
-    try:
-        found = {"cell": cell, **_parsed_id(cell)}
-    except ConfigError as error:
-        raise StoreError(f"{run.path / 'manifest.json'}: {error}") from error
-    for name in STATED:
-        # a run of an earlier version states fewer of them, and a stream's shots and queries as none
-        if name in stated and stated[name] != found[name] and _unlike(stated[name], found[name]):
-            raise StoreError(
-                f"{run.path / 'manifest.json'}: cell {plain(cell)}: {name} is {plain(stated[name])!r} there, "
-                f"{found[name]!r} in the cell's id"
-            )
-    if found["ways"] == 1:
-        raise StoreError(
-            f"{run.path / 'manifest.json'}: cell {plain(cell)}: a task of one way has nothing to tell apart: "
-            "ways are 2 or more"
-        )
-    known = {name: stated.get(name) or "" for name in ("params", "selection")}
-    if not all(isinstance(value, str) for value in known.values()):
-        raise StoreError(f"{run.path / 'manifest.json'}: cell {plain(cell)}: params and selection must be text")
-    return {**found, **known}
-
-
-@lru_cache(maxsize=16384)
-def _parsed_id(cell: str) -> Mapping[str, Any]:
-    """The coordinates in a cell's id, which many runs have; never to be changed."""
-    return coordinates_of(cell)
-
-
-def _unlike(stated: object, found: object) -> bool:
-    return (stated or None) != (found or None) and not (stated == 0 and found == 0)
 
 
 def collect(
@@ -380,7 +142,7 @@ def collect(
     unlisted: dict[tuple[Any, ...], list[Unlisted]] = {}
     environments: dict[str, Mapping[str, Any]] = {}
     for source in sources:
-        for known, one in () if loaded(source.run) else _unlisted(source):
+        for known, one in () if loaded(source.run) else unlisted_of(source):
             unlisted.setdefault(known, []).append(one)
         environments |= {name: facts for name, facts in source.run.environments().items() if isinstance(facts, dict)}
         for row in _rows(source, withdrawn):
@@ -394,18 +156,13 @@ def collect(
         sources=tuple(sources),
         scores=tuple(scores),
         costs=tuple(costs),
-        tried=_tried(sources, besides),
+        tried=count_tried(sources, besides),
         unlisted={key: tuple(every) for key, every in unlisted.items()},
         environments=environments,
         remarks=tuple(
             f"{one.name}: what needs a training is left out: {said}" for one in sources if (said := loaded(one.run))
         ),
     )
-
-
-def quality(measure: str) -> bool:
-    """Whether a measure may head a board: accuracy, that at a presentation, or the error; never that on validation."""
-    return measure in ("accuracy", "mse") or measure.startswith("accuracy_at_")
 
 
 def _refuse_twice(scores: Sequence[Score]) -> None:
@@ -429,7 +186,7 @@ def fingerprint(cell: str, measure: str, scores: Floats) -> Fingerprint | None:
     It does not for what is not trained, for controls, at a first presentation (no label is known), and where every
     episode has the same score. The device is no part of it: seeds of several machines are pooled, of one training too.
     """
-    known = _parsed_id(cell)
+    known = parsed_id(cell)
     untold = not known["train_spec"] or is_control(known["algorithm"]) or measure == "accuracy_at_1"
     if untold or np.ptp(scores) == 0:
         return None
@@ -439,7 +196,7 @@ def fingerprint(cell: str, measure: str, scores: Floats) -> Fingerprint | None:
 
 def seed_of(cell: str) -> int:
     """The training seed in a cell's id."""
-    return int(_parsed_id(cell)["seed"])
+    return int(parsed_id(cell)["seed"])
 
 
 def _refuse_repeated(scores: Sequence[Score]) -> None:
@@ -457,64 +214,6 @@ def _refuse_repeated(scores: Sequence[Score]) -> None:
                 f"{mine.run}: {plain(score.cell)} {score.measure}: {what}; leave the run out, or withdraw the method "
                 "in the board file"
             )
-
-
-def _tried(sources: Iterable[Source], besides: Iterable[Source]) -> dict[tuple[str, str, str], int]:
-    """How many configurations were scored, by `tried_key`: settings, each as often as it has versions.
-
-    Every line counts, whether or not the manifest still lists its row. Versions of code and protocol are told apart by
-    the hashes of one and the same row, since a hash covers the seed too.
-    """
-    hashes: _Tried = {}
-    for source in sources:
-        _note_tried(hashes, source)
-    for source in besides:
-        with contextlib.suppress(StoreError):  # it was taken back, perhaps for this very damage
-            _note_tried(hashes, source)
-    return {
-        who: sum(max(map(len, versions.values())) for versions in settings.values()) for who, settings in hashes.items()
-    }
-
-
-def _note_tried(hashes: _Tried, source: Source) -> None:
-    trained = not loaded(source.run)
-    for line in lines(source.run):
-        key = str(line.get("cell")), str(line.get("measure"))
-        known = _known(key[0]) if quality(key[1]) and line.get("status") == "ok" else None
-        if known is None or (known["train_spec"] and not trained):
-            continue
-        settings = hashes.setdefault(tried_key(source.submitter, known), {})
-        versions = settings.setdefault((str(known["trained"]), str(known["norm"])), {})
-        versions.setdefault(key, set()).add(str(line.get("hash")))
-
-
-def _known(cell: str) -> Mapping[str, Any] | None:
-    """The coordinates in a cell's id; None for what is no id, in lines that the plan does not list."""
-    try:
-        return _parsed_id(cell)
-    except ConfigError:
-        return None
-
-
-def tried_key(submitter: str, known: Mapping[str, Any]) -> tuple[str, str, str]:
-    """The key of `Collected.tried` for a cell's coordinates."""
-    task = f"{known['data']} {known['ways']} {known['shots']} {known['queries']} {known['stream']}"
-    return submitter, str(known["algorithm"]), task
-
-
-def unlisted_key(submitter: str, known: Mapping[str, Any], measure: str) -> tuple[Any, ...]:
-    """The key of `Collected.unlisted` for a cell's coordinates: whose seeds of one method on one task they are."""
-    names = ("trained", "data", "ways", "shots", "queries", "stream", "norm", "precision")
-    return (submitter, *(known[name] for name in names), measure)
-
-
-def _unlisted(source: Source) -> Iterator[tuple[tuple[Any, ...], Unlisted]]:
-    """Results of quality that were measured, and that the plan lists no more."""
-    planned = {(row["cell"], row["measure"]) for row in source.run.manifest["rows"]}
-    for key, one in source.measured.items():
-        known = _known(key[0]) if key not in planned and quality(key[1]) and one.status != "skipped" else None
-        if known is not None:
-            yield unlisted_key(source.submitter, known, key[1]), Unlisted(known["seed"], plain(one.status, 40))
 
 
 def _rows(source: Source, withdrawn: Callable[[Source, str], bool]) -> Iterator[Score | Cost]:
@@ -636,13 +335,3 @@ def _cost(source: Source, row: Mapping[str, Any], found: Measurement) -> Iterato
     if len(values) != len(stated):
         raise StoreError(f"{_place(source.run, found)}: a time or a count must be a finite number above 0")
     yield Cost(source, row["cell"], row["measure"], known, plain(found.environment), values)
-
-
-def unfinished(score: Score) -> bool:
-    """Whether a row was tried and has no result, for another reason than that the method cannot do the task."""
-    return score.status not in FINAL
-
-
-def is_control(algorithm: str) -> bool:
-    """Whether a method is one of ours that only gives the scale; what a result file says of it does not count."""
-    return algorithm in CONTROLS

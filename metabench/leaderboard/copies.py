@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from metabench.leaderboard.collect import LOCAL, Score, is_control, plain
+from metabench.leaderboard.collect import Score
+from metabench.leaderboard.source import LOCAL, is_control, plain
 
 
 def marked(scores: Sequence[Score]) -> list[Score]:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from metabench.catalogue import catalogue
-from metabench.leaderboard.collect import TIMES, Cost, Score, plain
+from metabench.leaderboard.collect import TIMES, Cost, Score
+from metabench.leaderboard.source import plain
 from metabench.stats import Interval, median_interval, paired_ratio
 
 YARDSTICK = "protonet"  # costs of unlike machines are compared as multiples of its row in the same run: see `yardstick`

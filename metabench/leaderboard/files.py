@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from xml.sax.saxutils import escape as escape_xml
 
 from metabench.leaderboard.boards import Board
-from metabench.leaderboard.collect import plain
+from metabench.leaderboard.source import plain
 from metabench.leaderboard.standings import Standing
 from metabench.leaderboard.summary import Entry, Summary
 from metabench.report import wording

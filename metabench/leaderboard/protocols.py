@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from metabench.leaderboard.collect import Score, is_control, plain
+from metabench.leaderboard.collect import Score
+from metabench.leaderboard.source import is_control, plain
 from metabench.report.build import WITHIN
 
 

@@ -211,9 +211,9 @@ class Ranking:
 
     `low` and `high` bound each rank: 1 + the methods that are significantly better, K - those significantly worse.
     `groups` are letters, best first: two methods share one exactly if they are not told apart. `adjusted` (K, K) are
-    Holm's p-values, and `tested` says for which pairs: NaN for others, of which none is told apart. `unpaired` counts
-    pairs whose seeds were compared as two samples. `visible` is the median and the range over pairs of the smallest
-    difference that would be found with 80 % power at Holm's strictest step.
+    Holm's p-values: NaN for pairs that were not tested, of which none is told apart. `unpaired` counts pairs whose
+    seeds were compared as two samples. `visible` is the median and the range over pairs of the smallest difference
+    that would be found with 80 % power at Holm's strictest step.
     """
 
     low: list[int]

@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from metabench.errors import StoreError
 from metabench.leaderboard.bundle import write
-from metabench.leaderboard.collect import Source, regular
+from metabench.leaderboard.source import Source, regular
 from metabench.report.model import RESULT_COLUMNS
 from metabench.spreadsheet import table
 

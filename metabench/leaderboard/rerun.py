@@ -25,8 +25,9 @@ from metabench.cells import Cell, parse_id
 from metabench.errors import ConfigError, MetabenchError, NothingRan, StoreError
 from metabench.leaderboard import bundle, rerunfile
 from metabench.leaderboard.audit import audit
-from metabench.leaderboard.collect import Score, collect, loaded, plain, regular, source_of
+from metabench.leaderboard.collect import Score, collect
 from metabench.leaderboard.rerunfile import Figure, Outcome, RerunEntry, RowEntry
+from metabench.leaderboard.source import loaded, plain, regular, source_of
 from metabench.plan import sources_of
 from metabench.runner import Watch, run
 from metabench.stats import Floats, holm, mean_interval

@@ -17,7 +17,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from metabench.errors import StoreError
-from metabench.leaderboard.collect import Collected, Score, plain, regular
+from metabench.leaderboard.collect import Collected, Score
+from metabench.leaderboard.source import plain, regular
 from metabench.store import Run
 
 NAME = "rerun.json"

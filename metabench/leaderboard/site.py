@@ -16,8 +16,8 @@ from markupsafe import Markup
 
 from metabench.leaderboard import files, pareto
 from metabench.leaderboard.boards import COMPARED, Board, by_environment
-from metabench.leaderboard.collect import Source, plain
 from metabench.leaderboard.pareto import Axis
+from metabench.leaderboard.source import Source, plain
 from metabench.leaderboard.standings import Standing, machine
 from metabench.leaderboard.summary import Summary
 from metabench.report import wording

@@ -10,21 +10,11 @@ from typing import Any
 import numpy as np
 
 from metabench.cells import in_seconds
-from metabench.leaderboard.collect import (
-    LOCAL,
-    MAINTAINERS,
-    Collected,
-    Score,
-    Source,
-    Trust,
-    Unlisted,
-    is_control,
-    plain,
-    tried_key,
-    unlisted_key,
-)
+from metabench.leaderboard.collect import Collected, Score
 from metabench.leaderboard.costs import ByRun, Time, flops, of_method, relative, times
 from metabench.leaderboard.protocols import Protocol
+from metabench.leaderboard.source import LOCAL, MAINTAINERS, Source, Trust, is_control, plain
+from metabench.leaderboard.tried import Unlisted, tried_key, unlisted_key
 from metabench.stats import Floats, Interval, cluster_interval, seeds_interval
 from metabench.store import FINAL
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metabench.leaderboard.boards import Board
-from metabench.leaderboard.collect import plain
+from metabench.leaderboard.source import plain
 from metabench.leaderboard.standings import Standing, submitters
 from metabench.stats import Floats, Interval, holm, iqm_interval
 
