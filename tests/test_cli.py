@@ -330,6 +330,11 @@ def test_compare_whose_reader_has_enough_is_no_failure(sides):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("wrong", ["5 per cent", "-1", "5%,5%"])
+def test_a_slowdown_that_is_none_is_refused_before_anything_is_measured(call, wrong):
+    refused(call("selftest", "kernels-smoke", "--inject", wrong), f"--inject {wrong}")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")  # noqa: PTH110
 @pytest.mark.parametrize(("candidate", "code"), [("worse", 1), ("equal", 2)])
 def test_a_verdict_that_cannot_be_printed_stands_and_a_pass_is_an_error(sides, tmp_path, candidate, code):

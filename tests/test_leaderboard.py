@@ -434,6 +434,9 @@ def test_what_was_loaded_is_no_training(tmp_path, rng):
     rewritten(trained, "manifest.json", lambda m: {**m, "weights": "the-run-that-trained"})
     with pytest.raises(NothingRan, match="name the-run-that-trained instead"):
         leaderboard([trained], tmp_path / "site")
+    (trained / "environment.json").write_text("[]")
+    with pytest.raises(StoreError, match="must be a mapping of machines"):
+        leaderboard([trained], tmp_path / "site")
 
 
 # copies
@@ -571,6 +574,26 @@ def test_the_yardstick_is_the_default_one_or_the_only_one(tmp_path, rng, protone
     settings = "default parameters" if wanted == 4 else "distance=cosine"
     told = dict(maml.card).get("cost is over", "")
     assert told.startswith(f"protonet with {settings}, norm running, of the same run") if wanted else told == ""
+
+
+def test_configurations_whose_parameters_were_not_stated_are_kept_apart(tmp_path, rng):
+    rows = []
+    for more, seconds in (("lr=0.1", 1.0), ("lr=0.2", 9.0)):
+        rows += rows_of({"maml": trials(rng, 0.8)}, more=more)
+        rows.append(row("maml", 0, [seconds, seconds], measure="adapt_time", more=more))
+    path = run_of(tmp_path, rows)
+    rewritten(path, "manifest.json", lambda m: {**m, "cells": {k: {**v, "params": ""} for k, v in m["cells"].items()}})
+    (board,) = made(path)
+    assert {one.label: one.times[0].seconds.value for one in board.standings} == {
+        "maml parameters=lr=0.1": 1.0,
+        "maml parameters=lr=0.2": 9.0,
+    }
+
+
+def test_a_card_says_what_a_stream_is(tmp_path, rng):
+    streams = rows_of({"mann": trials(rng, 0.6)}, measure="accuracy_at_2", task="5w50t", norm="none")
+    (board,) = made(run_of(tmp_path, streams))
+    assert dict(board.standings[0].card)["data"] == "glyphs[alphabets], 5 ways, 50 images in a stream"
 
 
 def test_a_time_of_another_call_is_no_cost_of_the_row(tmp_path, rng):

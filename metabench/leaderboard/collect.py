@@ -17,6 +17,7 @@ import numpy as np
 
 from metabench.errors import StoreError
 from metabench.leaderboard.source import (
+    ONE_METHOD,
     Source,
     Trust,
     algorithm_of,
@@ -144,7 +145,7 @@ def collect(
     for source in sources:
         for known, one in () if loaded(source.run) else unlisted_of(source):
             unlisted.setdefault(known, []).append(one)
-        environments |= {name: facts for name, facts in source.run.environments().items() if isinstance(facts, dict)}
+        environments |= source.environments
         for row in _rows(source, withdrawn):
             if isinstance(row, Score):
                 scores.append(row)
@@ -190,8 +191,7 @@ def fingerprint(cell: str, measure: str, scores: Floats) -> Fingerprint | None:
     untold = not known["train_spec"] or is_control(known["algorithm"]) or measure == "accuracy_at_1"
     if untold or np.ptp(scores) == 0:
         return None
-    names = ("trained", "data", "ways", "shots", "queries", "stream", "norm", "precision")
-    return (*(known[name] for name in names), measure, hashlib.sha256(scores.tobytes()).hexdigest())
+    return (*(known[name] for name in ONE_METHOD), measure, hashlib.sha256(scores.tobytes()).hexdigest())
 
 
 def seed_of(cell: str) -> int:

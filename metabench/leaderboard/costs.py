@@ -15,7 +15,7 @@ from metabench.leaderboard.source import plain
 from metabench.stats import Interval, median_interval, paired_ratio
 
 YARDSTICK = "protonet"  # costs of unlike machines are compared as multiples of its row in the same run: see `yardstick`
-METHOD = ("algorithm", "params", "norm", "train_spec", "precision", "device")
+METHOD = ("algorithm", "trained", "params", "norm", "train_spec", "precision", "device")
 TASK = ("data", "ways", "shots", "queries", "stream")
 
 
@@ -56,7 +56,7 @@ def _key(run: object, known: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _yardstick_key(run: object, known: Mapping[str, Any]) -> tuple[Any, ...]:
-    return _key(run, {**known, "algorithm": YARDSTICK, "params": "", "norm": "", "train_spec": ""})
+    return _key(run, {**known, "algorithm": YARDSTICK, "trained": "", "params": "", "norm": "", "train_spec": ""})
 
 
 def of_method(group: Iterable[Score], costs: ByRun) -> OfMethod:
@@ -116,16 +116,16 @@ def yardstick(costs: Sequence[Cost]) -> list[Cost]:
     """
     kinds: dict[tuple[str, str], list[Cost]] = {}
     for cost in costs:
-        kinds.setdefault((_explicit(cost), cost.coordinates["norm"]), []).append(cost)
+        kinds.setdefault((explicit(cost.coordinates), cost.coordinates["norm"]), []).append(cost)
     if len(kinds) > 1:
         kinds = {kind: members for kind, members in kinds.items() if kind == ("", _default_norm())}
     members = next(iter(kinds.values()), [])
     return [cost for cost in members if cost.coordinates["trained"] == members[0].coordinates["trained"]]
 
 
-def _explicit(cost: Cost) -> str:
-    """The parameters in its id, which has those set away from their defaults."""
-    items = str(cost.coordinates["trained"]).partition("[")[2].removesuffix("]").split(",")
+def explicit(known: Mapping[str, Any]) -> str:
+    """The parameters in a cell's id, which has those set away from their defaults, by its coordinates."""
+    items = str(known["trained"]).partition("[")[2].removesuffix("]").split(",")
     return ",".join(item for item in items if item and not item.startswith("train="))
 
 
@@ -137,7 +137,7 @@ def _default_norm() -> object:
 
 def _in_words(cost: Cost) -> str:
     """The yardstick's row: its settings, and the run that it stands in."""
-    name = f"{YARDSTICK} with {_explicit(cost) or 'default parameters'}"
+    name = f"{YARDSTICK} with {explicit(cost.coordinates) or 'default parameters'}"
     return plain(f"{name}, norm {cost.coordinates['norm']}, of the same run ({cost.source.name})")
 
 

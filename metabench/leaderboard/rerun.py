@@ -31,7 +31,7 @@ from metabench.leaderboard.source import loaded, plain, regular, source_of
 from metabench.plan import sources_of
 from metabench.runner import Watch, run
 from metabench.stats import Floats, holm, mean_interval
-from metabench.store import Measurement, Run
+from metabench.store import Run
 from metabench.suite import Evaluation, Suite, Timing
 
 ALPHA = 0.01  # family-wise, over the rows of a submission
@@ -76,7 +76,6 @@ class _Claim:
     """A row to run again: as which cell of ours, with which weights; or why not."""
 
     score: Score
-    stated: Measurement
     cell: Cell | None = None
     weights: Path | None = None
     outcome: Outcome = "not re-run"
@@ -122,9 +121,8 @@ def rerun(
         if seed is not None and seed == _evaluation(submitted).get("seed"):
             raise ConfigError(f"--seed {seed}: the submission's own: a re-run takes other episodes")
         known = _catalogue(submitted)
-        stated = source.counted
         scores = [one for one in collect([source]).scores if one.scores is not None]
-        claims = _apart([_claim(one, stated[one.cell, one.measure], known, device) for one in scores])
+        claims = _apart([_claim(one, known, device) for one in scores])
         able = [claim for claim in claims if claim.cell]
         if not able:
             raise NothingRan(f"{path}: no row can be run again: {_why(claims)}")
@@ -169,9 +167,9 @@ def _catalogue(submitted: Run) -> Catalogue:
     return catalogue([submitted.path / name for name in rerunfile.plugins(submitted)])
 
 
-def _claim(score: Score, stated: Measurement, known: Catalogue, device: str | None) -> _Claim:
+def _claim(score: Score, known: Catalogue, device: str | None) -> _Claim:
     """Whether and how a row can be run again."""
-    submitted, base = score.source.run, _Claim(score, stated)
+    submitted, base = score.source.run, _Claim(score)
     try:
         cell = parse_id(score.cell, known)
     except ConfigError as error:

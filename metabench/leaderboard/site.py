@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from metabench.leaderboard import files, pareto
-from metabench.leaderboard.boards import COMPARED, Board, by_environment
+from metabench.leaderboard.boards import Board, by_environment
 from metabench.leaderboard.pareto import Axis
 from metabench.leaderboard.source import Source, plain
 from metabench.leaderboard.standings import Standing, machine
@@ -118,7 +118,7 @@ def _board(board: Board, folders: Mapping[int, str], environments: Mapping[str, 
     protocol = board.protocol
     shown = board.standings[:MAX_ROWS_DRAWN]
     scale = _scale(board)
-    names = [n for n, one in enumerate(shown) if one.table is not None]
+    compared = board.shown_pairs[0]
     return {
         "slug": board.slug,
         "title": board.title,
@@ -135,8 +135,8 @@ def _board(board: Board, folders: Mapping[int, str], environments: Mapping[str, 
         "chance": None if protocol.chance is None or scale is None else _inside(scale, protocol.chance),
         "plots": [plot for plot in (pareto.relative(board), pareto.flops(board)) if plot],
         "order": _order(board, shown),
-        "compared": [files.name_of(one) for one in board.shown_pairs[0]],
-        "not_compared": max(0, len(names) - COMPARED),
+        "compared": [files.name_of(one) for one in compared],
+        "not_compared": sum(one.table is not None for one in board.standings) - len(compared),
         "times": [
             {
                 "measure": name,

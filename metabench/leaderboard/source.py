@@ -27,6 +27,8 @@ LOCAL = ""  # the submitter of a run without a submission file: whoever builds t
 MAINTAINERS = "this board's maintainers"  # that submitter in words: nobody else may take the name
 STATED = ("cell", "algorithm", "dataset", "split", "rotations", "within", "ways", "shots", "queries", "stream", "norm",
           "bn_mode", "device", "precision", "seed", "train_spec")  # fmt: skip
+ONE_METHOD = ("trained", "data", "ways", "shots", "queries", "stream", "norm", "precision")
+"""What the rows of one method on one task have in common, whatever their seed and device."""
 TEXTS = ("cell", "measure", "status", "reason", "unit", "hash", "environment", "at")
 NUMBERS = ("n", "value", "ci_low", "ci_high", "sd", "samples")
 
@@ -64,6 +66,11 @@ class Source:
     def counted(self) -> dict[Key, Measurement]:
         """Of those the ones that count: see the function of that name."""
         return counted(self.run, self.measured)
+
+    @cached_property
+    def environments(self) -> dict[str, Mapping[str, Any]]:
+        """Its machines by name, those that are described. Raises StoreError for a file that lists none."""
+        return environments(self.run)
 
 
 def plain(text: object, limit: int = 300) -> str:
@@ -166,9 +173,16 @@ def measured(run: Run) -> dict[Key, Measurement]:
         wrong += [] if isinstance(one.facts, dict) else ["facts is of a wrong type"]
         if wrong:
             raise StoreError(f"{file}: {plain(one.cell)} {plain(one.measure)}: {wrong[0]}")
-    if not isinstance(run.environments(), dict):
-        raise StoreError(f"{run.path / 'environment.json'}: must be a mapping of machines; the run is damaged")
+    environments(run)  # rows name them
     return found
+
+
+def environments(run: Run) -> dict[str, Mapping[str, Any]]:
+    """The run's machines by name, those that are described. Raises StoreError for a file that lists none."""
+    found: object = run.environments()
+    if not isinstance(found, dict):
+        raise StoreError(f"{run.path / 'environment.json'}: must be a mapping of machines; the run is damaged")
+    return {name: facts for name, facts in found.items() if isinstance(facts, dict)}
 
 
 def counted(run: Run, last: Mapping[Key, Measurement]) -> dict[Key, Measurement]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from metabench.cells import in_seconds
 from metabench.leaderboard.collect import Collected, Score
-from metabench.leaderboard.costs import ByRun, Time, flops, of_method, relative, times
+from metabench.leaderboard.costs import ByRun, Time, explicit, flops, of_method, relative, times
 from metabench.leaderboard.protocols import Protocol
 from metabench.leaderboard.source import LOCAL, MAINTAINERS, Source, Trust, is_control, plain
 from metabench.leaderboard.tried import Unlisted, tried_key, unlisted_key
@@ -244,15 +244,15 @@ def _differing(siblings: Sequence[Standing]) -> set[str]:
 def _settings(score: Score) -> dict[str, str]:
     """All that may tell two rows of an algorithm apart, as text."""
     known = score.coordinates
-    text = known["params"]
+    text = known["params"] or json.dumps({"parameters": explicit(known) or "default"})
     try:
-        params = json.loads(text) if text else {}
+        params = json.loads(text)
     except (ValueError, RecursionError):
         params = {"params": text}
     params = params if isinstance(params, dict) else {"params": text}
-    rest = {name: known[name] for name in ("train_spec", "selection", "precision")}
     own = {plain(key, 40): plain(json.dumps(value), 60).strip('"') for key, value in params.items()}
-    return {"train": plain(rest["train_spec"]), **own, "precision": rest["precision"], "code": plain(score.code)}
+    ours = {"train": plain(known["train_spec"]), "precision": known["precision"], "code": plain(score.code)}
+    return {"train": "", **own, **ours}
 
 
 def _card(
@@ -274,10 +274,7 @@ def _card(
         ("weights", known["selection"]),
         ("norm", f"{known['norm']} ({known['bn_mode']})"),
         ("precision", f"{known['precision']} on {', '.join(dict.fromkeys(s.coordinates['device'] for s in group))}"),
-        (
-            "data",
-            f"{known['data']}, {known['ways'] or ''} ways, {known['shots'] or ''} shots, {known['queries']} queries",
-        ),
+        ("data", f"{known['data']}, {_task(known)}"),
         ("episodes hash", first.episodes_hash),
         ("sources", ", ".join(codes)),
         (
@@ -289,6 +286,12 @@ def _card(
         ("machines", "; ".join(f"{name}: {machine(found.environments.get(name, {}))}" for name in machines)),
     ]
     return tuple((name, plain(value, 1000)) for name, value in entries if value not in ("", None))
+
+
+def _task(known: Mapping[str, Any]) -> str:
+    """What a task is made of, in words; regression has no ways, a stream neither shots nor queries."""
+    parts = {"ways": "ways", "shots": "shots", "queries": "queries", "stream": "images in a stream"}
+    return ", ".join(f"{known[name]} {word}" for name, word in parts.items() if known[name])
 
 
 def machine(facts: Mapping[str, Any]) -> str:

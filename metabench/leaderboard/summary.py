@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metabench.leaderboard.boards import Board
+from metabench.leaderboard.ranking import MIN_SEEDS
 from metabench.leaderboard.source import plain
 from metabench.leaderboard.standings import Standing, submitters
 from metabench.stats import Floats, Interval, holm, iqm_interval
 
-MIN_SOURCES, MIN_SEEDS = 4, 3  # of an aggregate: the interquartile mean of fewer scores is noise
+MIN_SOURCES = 4  # of an aggregate: the interquartile mean of fewer scores is noise
 STAR_SOURCES = 6  # of a test over data sets: with five, the smallest two-sided p of the signed-rank test is 2/32
 EXACT = 16  # differences whose signs are all tried
 IMAGES: Mapping[str, str] = {

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from metabench.errors import ConfigError, StoreError
-from metabench.leaderboard.source import Source, lines, loaded, parsed_id, plain, quality
+from metabench.leaderboard.source import ONE_METHOD, Source, lines, loaded, parsed_id, plain, quality
 from metabench.store import Key
 
 # by `tried_key` and settings, for each row the hashes it was scored under
@@ -72,8 +72,7 @@ def tried_key(submitter: str, known: Mapping[str, Any]) -> tuple[str, str, str]:
 
 def unlisted_key(submitter: str, known: Mapping[str, Any], measure: str) -> tuple[Any, ...]:
     """The key of `Collected.unlisted` for a cell's coordinates: whose seeds of one method on one task they are."""
-    names = ("trained", "data", "ways", "shots", "queries", "stream", "norm", "precision")
-    return (submitter, *(known[name] for name in names), measure)
+    return (submitter, *(known[name] for name in ONE_METHOD), measure)
 
 
 def unlisted_of(source: Source) -> Iterator[tuple[tuple[Any, ...], Unlisted]]:
