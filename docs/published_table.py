@@ -36,7 +36,9 @@ def _row(one: dict[str, Any]) -> str:
     turned = f"rotations {one['rotations']}" if one["rotations"] else ""
     protocol = ", ".join(part for part in (split, turned, one["data"], one["block"]) if part)
     name = one["method"].partition(" ")[0]  # what its rows differ in stands among its settings
-    ours = f"| {name} | {one['settings']} | {task} | {protocol} | {score('value')} ± {half} |"
+    trained = [word for word in one["method"].split(" ") if word.startswith("train=")]  # said where it tells rows apart
+    settings = " ".join(filter(None, (one["settings"], *trained)))
+    ours = f"| {name} | {settings} | {task} | {protocol} | {score('value')} ± {half} |"
     if one["published"] is None:
         return f"{ours} none |  |  |"
     margin = wording.score((one["difference_high"] - one["difference_low"]) / 2, one["measure"])
