@@ -347,6 +347,14 @@ def test_what_neither_side_can_do_is_left_out_and_what_only_one_can_is_said(proj
     assert {one.outcome for one in found.verdicts} == {"incomparable"} and exit_code(found) == 3
 
 
+@pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="no GPU here")
+def test_a_slower_kernel_on_a_gpu_is_a_regression(project, here):
+    suite = write(project, sabotage="__import__('torch').cuda._sleep(20_000_000)")  # about 10 ms of the device's own
+    suite.write_text(suite.read_text().replace("  tasks:", "  devices: [cuda]\n  tasks:"))
+    found, _ = here()
+    assert outcomes(found) == {"adapt_time": "regressed"} and pairs(found) == 2
+
+
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a GPU here")
 def test_counts_of_a_device_that_is_not_there_are_left_out(project, here):
     suite = write(project, measures="adapt_flops", sabotage="self.embedding(support.x.flatten(2))")
