@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
+import re
 import shutil
 import zipfile
 
@@ -488,6 +490,25 @@ def test_a_changed_member_is_found_by_its_hash(tmp_path, run):
     (tmp_path / "text.zip").write_text("no zip")
     with pytest.raises(StoreError, match="no bundle that can be read"):
         verify([tmp_path / "text.zip"], episodes=False)
+
+
+def test_what_is_wrong_in_a_bundle_is_named_by_the_bundle(tmp_path, run):
+    good = pack(run, tmp_path, submitter="Ada")
+    bad = tmp_path / "bad.zip"
+    with zipfile.ZipFile(good) as old, zipfile.ZipFile(bad, "w") as new:
+        files = {name: old.read(name) for name in old.namelist()}
+        rows, record = f"{run.name}/measurements.jsonl", f"{run.name}/submission.json"
+        files[rows] = files[rows].replace(b'"value": 0.', b'"value": 0.9', 1)
+        said = json.loads(files[record])
+        said["files"]["measurements.jsonl"] = hashlib.sha256(files[rows]).hexdigest()
+        files[record] = json.dumps(said).encode()
+        for name, data in files.items():
+            new.writestr(name, data)
+    (audit,) = verify([bad], episodes=False)
+    assert audit.run == f"{bad}/{run.name}"
+    assert {one.where.startswith(f"{bad}/{run.name}/") for one in audit.problems} == {True}
+    with pytest.raises(StoreError, match=re.escape(f"{bad}/{rows}: ")):
+        leaderboard([good, bad], tmp_path / "site")
 
 
 def test_the_commands(tmp_path, run):

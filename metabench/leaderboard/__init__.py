@@ -137,6 +137,8 @@ def verify(runs: Sequence[Path], *, episodes: bool = True) -> list[Audit]:
     for path in runs:
         with bundle.reading(path) as run:
             found = _audited(run, episodes=episodes)
+            said = [Problem(bundle.named(p.where, run, path), bundle.named(p.what, run, path)) for p in found.problems]
+            name = bundle.named(found.run, run, path)
             others = {seen.setdefault(key, path) for key in results_of(run)} - {path}
         twice = [Problem(str(path), f"holds results of {other} again: a result counts once") for other in others]
         again = []
@@ -144,7 +146,7 @@ def verify(runs: Sequence[Path], *, episodes: bool = True) -> list[Audit]:
             mine = replace(training, run=str(path))  # a bundle lay in a folder that is gone by now
             if (first := trainings.setdefault(key, mine)).seed != mine.seed:
                 again.append(Problem(f"{path}: {plain(mine.cell)}", first.again(elsewhere=True)))
-        audits.append(replace(found, problems=(*found.problems, *twice, *again)))
+        audits.append(replace(found, run=name, problems=(*said, *twice, *again)))
     return audits
 
 

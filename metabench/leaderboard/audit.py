@@ -40,7 +40,7 @@ from metabench.stats import Floats, median_interval
 from metabench.store import Key, Measurement, Run
 
 EPISODES_SECONDS = 600.0  # for making the episodes of one run anew
-CREDIT = 1e-12
+CREDIT = 1e-12  # between a stored score and the share of its answers that are right: rounding
 _Table = dict[tuple[str, str], tuple[int, dict[str, str]]]  # by cell and measure, a line's number and its columns
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from metabench.disk import write_whole
-from metabench.errors import ConfigError, StoreError
+from metabench.errors import ConfigError, MetabenchError, StoreError
 from metabench.leaderboard.source import SUBMISSION, plain, regular, reserved
 from metabench.store import Run
 
@@ -115,9 +115,17 @@ def reading(path: Path) -> Iterator[Run]:
             yield Run.open(path)
             return
         with tempfile.TemporaryDirectory(prefix="metabench-") as folder:
-            yield Run.open(_unpack(path, Path(folder)))
+            try:
+                yield Run.open(_unpack(path, Path(folder)))
+            except MetabenchError as error:
+                raise type(error)(str(error).replace(folder, str(path))) from error
     except RecursionError as error:
         raise StoreError(f"{path}: damaged: nested too deeply") from error
+
+
+def named(text: str, run: Run, path: Path) -> str:
+    """What is said of a run that was read from `path`: a bundle's files by the bundle, not where they were unpacked."""
+    return text.replace(str(run.path.parent), str(path)) if path.is_file() else text
 
 
 def _unpack(path: Path, folder: Path) -> Path:
@@ -158,7 +166,7 @@ def _check(path: Path, members: list[zipfile.ZipInfo]) -> str:
 def _check_hashes(path: Path, run: Path) -> None:
     record = submission(run)
     found = {
-        str(file.relative_to(run)): _sha256(file)
+        file.relative_to(run).as_posix(): _sha256(file)
         for file in sorted(run.rglob("*"))
         if file.is_file() and file.name != SUBMISSION
     }
@@ -178,8 +186,8 @@ def submission(run: Path) -> dict[str, Any]:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         if record["schema_version"] != SCHEMA or not isinstance(record["files"], dict):
-            raise StoreError(f"{file.name}: of schema {plain(record['schema_version'])}, this metabench reads {SCHEMA}")
+            raise StoreError(f"{file}: of schema {plain(record['schema_version'])}, this metabench reads {SCHEMA}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise StoreError(f"{file.name}: cannot be read ({error}); make the bundle again") from error
+        raise StoreError(f"{file}: cannot be read ({error}); make the bundle again") from error
     found: dict[str, Any] = record
     return found

@@ -84,9 +84,8 @@ def by_protocol(scores: Iterable[Score]) -> list[tuple[Protocol, list[Score]]]:
         else:
             episodes = len(score.scores), score.episodes_hash  # the hash is of the names joined: it sees no empty one
             tasks.setdefault((*_task(score), *episodes, score.pixels), []).append(score)
-    for (
-        score
-    ) in lost:  # its episodes are not known: it belongs to every board of its task and seed, or to one of its own
+    # without known episodes it belongs to every board of its task and seed, or to one of its own
+    for score in lost:
         homes = [members for key, members in tasks.items() if key[: len(_task(score))] == _task(score)]
         for members in homes or [tasks.setdefault((*_task(score), 0, "", ""), [])]:
             members.append(score)

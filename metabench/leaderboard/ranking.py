@@ -22,9 +22,8 @@ LEVEL = 0.95
 POWER = 0.8
 MIN_SEEDS = 3
 SMALLEST_P = 1e-12  # smaller ones are given as this
-DF_STEP = (
-    1 / 32
-)  # Welch's degrees of freedom are rounded down to it: a little conservative, for few tables of quantiles
+DF_STEP = 1 / 32
+"""Welch's degrees of freedom are rounded down to it: a little conservative, for few tables of quantiles."""
 _GRID = np.logspace(np.log10(SMALLEST_P), 0, 4097)
 Pairs = npt.NDArray[np.bool_]
 
@@ -78,9 +77,8 @@ class Differences:
 
         low, high = np.zeros(len(i), np.int64), np.full(len(i), len(_GRID) - 1)
         sure = width(low) < size
-        for _ in range(
-            len(_GRID).bit_length()
-        ):  # the half width falls as p rises: find where it crosses the difference
+        # the half width falls as p rises: find where it crosses the difference
+        for _ in range(len(_GRID).bit_length()):
             middle = (low + high) // 2
             beyond = width(middle) < size
             low, high = np.where(beyond, low, middle), np.where(beyond, middle, high)
