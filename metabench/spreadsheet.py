@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 
 FORMULA = frozenset("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # the last four are their wide forms, which count as well
+_LOOKED_AT = FORMULA | {" "}
 
 
 def defused(value: object) -> object:
@@ -21,5 +22,7 @@ def table(columns: Sequence[str], records: Iterable[Mapping[str, object]]) -> st
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(columns)
-    writer.writerows([defused(record.get(name)) for name in columns] for record in records)
+    for record in records:
+        row = [record.get(name) for name in columns]
+        writer.writerow([defused(x) if isinstance(x, str) and x[:1] in _LOOKED_AT else x for x in row])
     return out.getvalue()

@@ -19,6 +19,7 @@ from scipy import special
 Floats = npt.NDArray[np.float64]
 Scores = npt.ArrayLike
 _ROUNDING = 1e-9  # of a sum of weights
+_EPSILON = float(np.finfo(np.float64).eps)
 
 
 @dataclass(frozen=True)
@@ -427,7 +428,7 @@ def _sd(x: Floats, mean: float | None = None) -> float:
 
 def _snap(squares: float, x: Floats) -> float:
     """A sum of squares, 0 where it is no more than rounding of the numbers in `x`: constant scores then have sd 0."""
-    rounding = len(x.ravel()) * (8 * np.finfo(np.float64).eps * float(np.abs(x).max())) ** 2
+    rounding = x.size * (8 * _EPSILON * float(np.abs(x).max())) ** 2
     return 0.0 if squares <= rounding else squares
 
 

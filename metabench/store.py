@@ -15,7 +15,7 @@ import os
 import re
 import secrets
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from io import FileIO
@@ -209,13 +209,27 @@ class Run:
             found.setdefault((line["cell"], line["measure"]), []).append({**line, "offset": offset})
         return found
 
-    def measurements(self) -> dict[Key, Measurement]:
-        """The last measurement of every key, whatever its status or hash; one whose raw samples are lost is none."""
+    def records(self) -> list[Mapping[str, Any]]:
+        """Every whole line of measurements.jsonl as it stands there, also of earlier measurements.
+
+        Raises:
+            StoreError: a line is no JSON, or no mapping.
+        """
+        return list(_lines(self.path / "measurements.jsonl"))
+
+    def measurements(self, records: Iterable[Mapping[str, Any]] | None = None) -> dict[Key, Measurement]:
+        """The last measurement of every key, whatever its status or hash; one whose raw samples are lost is none.
+
+        `records`: the run's lines, where they have been read already.
+
+        Raises:
+            StoreError: a line is no measurement.
+        """
         file = self.path / "measurements.jsonl"
         found: dict[Key, Measurement] = {}
         with _reading(self.path / "samples.jsonl") as samples:
             end = _end_of_lines(samples)
-            for number, record in enumerate(_lines(file), 1):
+            for number, record in enumerate(_lines(file) if records is None else records, 1):
                 try:
                     measurement = Measurement(**record)
                     if not all(isinstance(part, str) for part in measurement.key):
@@ -474,6 +488,8 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
                 return  # torn by a kill: the row was never finished
             try:
                 record = parsed(line)
+                if not isinstance(record, dict):
+                    raise ValueError("no mapping")
             except ValueError as error:
                 raise StoreError(f"{file}:{number}: damaged line ({error}); delete that line to go on") from error
             yield record

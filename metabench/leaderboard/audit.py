@@ -9,7 +9,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 from metabench import environment
 from metabench.disk import Ints, read_predictions
 from metabench.errors import StoreError
-from metabench.leaderboard.collect import Fingerprint, Training, agree, check_scores, fingerprint, seed_of
+from metabench.leaderboard.collect import Fingerprint, Training, agree, check_scores, fingerprint, seed_of, telling
 from metabench.leaderboard.source import (
     algorithm_of,
     check_manifest,
@@ -27,7 +27,6 @@ from metabench.leaderboard.source import (
     counted,
     finite,
     is_control,
-    lines,
     loaded,
     measured,
     plain,
@@ -108,10 +107,11 @@ def audit(run: Run, *, episodes: bool = True, withdrawn: Callable[[str], bool] =
     """
     check_manifest(run)
     found = _Findings(run)
-    stored = measured(run)
+    records = run.records()
+    stored = measured(run, records)
     finished = [one for one in counted(run, stored).values() if one.status == "ok"]
     good = [one for one in finished if not withdrawn(algorithm_of(one.cell))]
-    lost = [key for key in _lost(run, stored) if not withdrawn(algorithm_of(key[0]))]
+    lost = [key for key in _lost(run, records, stored) if not withdrawn(algorithm_of(key[0]))]
     for key in lost:
         found.wrong(f"{run.path / 'measurements.jsonl'}: {key[0]} {key[1]}", "its raw samples are not in samples.jsonl")
     _whole_lines(found, needed=bool(good or lost))
@@ -166,9 +166,9 @@ def _whole_lines(found: _Findings, *, needed: bool) -> None:
                 found.wrong(str(file), "ends in half a line: the run was killed; run its suite again to finish it")
 
 
-def _lost(run: Run, stored: Mapping[Key, Measurement]) -> list[Key]:
+def _lost(run: Run, records: Iterable[Mapping[str, Any]], stored: Mapping[Key, Measurement]) -> list[Key]:
     """Rows of the plan that have a line, but whose pointer leads to no raw samples: reading passes them over."""
-    named = {(str(one.get("cell")), str(one.get("measure"))): str(one.get("status")) for one in lines(run)}
+    named = {(str(one.get("cell")), str(one.get("measure"))): str(one.get("status")) for one in records}
     planned = {(row["cell"], row["measure"]) for row in run.manifest["rows"]}
     return [key for key, status in named.items() if status == "ok" and key in planned and key not in stored]
 
@@ -330,7 +330,7 @@ def _answers(
 def _repeated(found: _Findings, scores: Mapping[Key, Floats]) -> None:
     """Two trainings that agree on every episode are one, handed in twice."""
     for (cell, measure), values in scores.items():
-        key = fingerprint(cell, measure, values)
+        key = fingerprint(cell, measure, telling(values))
         if key is None:
             continue
         first = found.trainings.setdefault(key, Training(seed_of(cell), cell, str(found.run.path)))

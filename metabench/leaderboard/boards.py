@@ -42,7 +42,7 @@ class Board:
         """Its anchor."""
         return f"board-{self.number}"
 
-    @property
+    @cached_property
     def ranked(self) -> tuple[Standing, ...]:
         """Those that have a rank."""
         return tuple(one for one in self.standings if one.rank)

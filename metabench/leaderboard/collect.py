@@ -58,10 +58,11 @@ class Training:
 class Score:
     """One cell's quality in one run: the score of every test episode, or a status with its reason.
 
-    `scores` (E,) is None where there is none; `credit` maps a class to its (queries, credit), where the predictions
-    were handed in. `coordinates` are those of `cells.coordinates_of` with params, selection and backbone; `code` is
-    what tells two versions of an algorithm's sources apart, `weights` names the file of what was trained. `rerun` says
-    what a re-run of ours found that bears the score out, `copied` of which earlier result it is a copy, or nothing.
+    `scores` (E,) is None where there is none, `telling` what the function of that name says of them; `credit` maps a
+    class to its (queries, credit), where the predictions were handed in. `coordinates` are those of
+    `cells.coordinates_of` with params, selection and backbone; `code` is what tells two versions of an algorithm's
+    sources apart, `weights` names the file of what was trained. `rerun` says what a re-run of ours found that bears the
+    score out, `copied` of which earlier result it is a copy, or nothing.
     """
 
     source: Source
@@ -77,6 +78,7 @@ class Score:
     at: str = ""
     environment: str = ""
     scores: Floats | None = None
+    telling: str = ""
     credit: Mapping[int, tuple[int, float]] = field(default_factory=dict)
     weights: str = ""
     rerun: str = ""
@@ -172,8 +174,8 @@ def _refuse_twice(scores: Sequence[Score]) -> None:
     for score in scores:
         if score.scores is None or is_control(score.coordinates["algorithm"]):
             continue
-        digest = hashlib.sha256(score.scores.tobytes()).hexdigest()
-        other = seen.setdefault((score.cell, score.measure, score.at, score.episodes_hash, digest), score)
+        answers = score.telling or str(score.scores[0])
+        other = seen.setdefault((score.cell, score.measure, score.at, score.episodes_hash, answers), score)
         if other.source is not score.source:
             raise StoreError(
                 f"{score.source.run.path}: {plain(score.cell)} is the same result as in {other.source.run.path}: "
@@ -181,17 +183,20 @@ def _refuse_twice(scores: Sequence[Score]) -> None:
             )
 
 
-def fingerprint(cell: str, measure: str, scores: Floats) -> Fingerprint | None:
-    """What another seed's scores must not share; None where the seed need not matter.
+def telling(scores: Floats) -> str:
+    """A hash of scores that only one training gives; empty where every episode has the same, which tells nothing."""
+    return "" if (scores == scores[0]).all() else hashlib.sha256(scores.tobytes()).hexdigest()
+
+
+def fingerprint(cell: str, measure: str, answers: str) -> Fingerprint | None:
+    """What another seed's scores (`answers`: see `telling`) must not share; None where the seed need not matter.
 
     It does not for what is not trained, for controls, at a first presentation (no label is known), and where every
     episode has the same score. The device is no part of it: seeds of several machines are pooled, of one training too.
     """
     known = parsed_id(cell)
     untold = not known["train_spec"] or is_control(known["algorithm"]) or measure == "accuracy_at_1"
-    if untold or np.ptp(scores) == 0:
-        return None
-    return (*(known[name] for name in ONE_METHOD), measure, hashlib.sha256(scores.tobytes()).hexdigest())
+    return None if untold or not answers else (*(known[name] for name in ONE_METHOD), measure, answers)
 
 
 def seed_of(cell: str) -> int:
@@ -203,8 +208,8 @@ def _refuse_repeated(scores: Sequence[Score]) -> None:
     """One training handed in as two seeds would look like a method without variance, in whatever runs they lie."""
     seen: dict[Fingerprint, Training] = {}
     for score in scores:
-        key = None if score.scores is None else fingerprint(score.cell, score.measure, score.scores)
-        if score.scores is None or key is None:
+        key = fingerprint(score.cell, score.measure, score.telling)
+        if key is None:
             continue
         mine = Training(seed_of(score.cell), score.cell, str(score.source.run.path))
         first = seen.setdefault(key, mine)
@@ -261,6 +266,7 @@ def _score(source: Source, row: Mapping[str, Any], found: Measurement | None) ->
         pixels=plain(found.facts.get("pixels") or ""),
         weights=plain(found.facts.get("weights") or ""),
         scores=scores,
+        telling=telling(scores),
         credit=class_credit(run, found),
     )
 
@@ -281,24 +287,25 @@ def check_scores(run: Run, found: Measurement) -> tuple[Floats, str]:
         scores = np.array(raw[0], dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
         raise StoreError(f"{where}: a raw score is no number") from None
-    if not all(raw[1]):  # the hash of a list does not see it
-        raise StoreError(f"{where}: an episode has an empty name in samples.jsonl")
-    digest = _digest(raw[1])
-    if digest is None:
-        raise StoreError(f"{where}: an episode stands twice among the {len(raw[1])}")
+    digest, wrong = _digest(raw[1])
+    if wrong:
+        raise StoreError(f"{where}: {wrong}")
     bound = 1.0 if "accuracy" in found.measure else math.inf
-    if scores.ndim != 1 or not (0 <= scores.min() <= scores.max() <= bound and scores.max() < math.inf):  # NaN: neither
+    within = scores.ndim == 1 and scores.min() >= 0 and (most := scores.max()) <= bound and most < math.inf
+    if not within:  # NaN is neither above nor below
         raise StoreError(f"{where}: a raw score is not finite or out of range")
     _agree(where, found, scores)
     return scores, digest
 
 
 @lru_cache(maxsize=256)
-def _digest(episodes: tuple[str, ...]) -> str | None:
-    """The hash of a list of episodes, which many rows share; None where one stands twice."""
-    if len(set(episodes)) != len(episodes):
-        return None
-    return hashlib.sha256("".join(episodes).encode("utf-8", "backslashreplace")).hexdigest()[:12]
+def _digest(episodes: tuple[str, ...]) -> tuple[str, str]:
+    """The hash of a list of episodes, which many rows share, and what is wrong with it, or nothing."""
+    digest = hashlib.sha256("".join(episodes).encode("utf-8", "backslashreplace")).hexdigest()[:12]
+    if not all(episodes):  # the hash of a list does not see it
+        return digest, "an episode has an empty name in samples.jsonl"
+    twice = len(set(episodes)) != len(episodes)
+    return digest, f"an episode stands twice among the {len(episodes)}" if twice else ""
 
 
 def _agree(where: str, found: Measurement, scores: Floats) -> None:

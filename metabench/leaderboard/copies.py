@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from metabench.leaderboard.collect import Score
 from metabench.leaderboard.source import LOCAL, is_control, plain
@@ -28,19 +25,12 @@ def marked(scores: Sequence[Score]) -> list[Score]:
             continue
         if score.weights and _who(first := weights.setdefault(score.weights, score)) != _who(score):
             reasons[id(score)] = _reason("weights", first)
-        key = _answers(score)
+        # a first presentation knows no label: two trainings may well answer alike
+        told = score.telling if score.measure != "accuracy_at_1" else ""
+        key = (score.measure, score.episodes_hash, len(score.scores), told) if told else None
         if key and _name(first := answers.setdefault(key, score)) != _name(score):
             reasons.setdefault(id(score), _reason("score on every episode", first))
     return [replace(one, copied=reasons[id(one)]) if id(one) in reasons else one for one in scores]
-
-
-def _answers(score: Score) -> tuple[Any, ...] | None:
-    """What only one training gives; None where equal scores may well be of two: all alike, or of what nobody knows."""
-    assert score.scores is not None
-    if score.measure == "accuracy_at_1" or np.ptp(score.scores) == 0:
-        return None
-    digest = hashlib.sha256(score.scores.tobytes()).hexdigest()
-    return score.measure, score.episodes_hash, len(score.scores), digest
 
 
 def _algorithm(score: Score) -> str:

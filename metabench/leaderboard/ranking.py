@@ -71,18 +71,19 @@ class Differences:
         """Those of the pairs i, j, whose seeds all have these degrees of freedom."""
         size, first, second = np.abs(self.value[i, j]), self.se_seeds[i, j], self.se_episodes[i, j]
         tables = _table(df_seeds), _table(self.episodes - 1)
+        squares = size**2, first**2, second**2, tables[0] ** 2, tables[1] ** 2
 
-        def width(at: npt.NDArray[np.int64]) -> Floats:
-            return _half(tables[0][at], first, tables[1][at], second)
+        def short(at: npt.NDArray[np.int64]) -> Pairs:
+            return squares[3][at] * squares[1] + squares[4][at] * squares[2] < squares[0]
 
         low, high = np.zeros(len(i), np.int64), np.full(len(i), len(_GRID) - 1)
-        sure = width(low) < size
+        sure = short(low)
         # the half width falls as p rises: find where it crosses the difference
         for _ in range(len(_GRID).bit_length()):
             middle = (low + high) // 2
-            beyond = width(middle) < size
+            beyond = short(middle)
             low, high = np.where(beyond, low, middle), np.where(beyond, middle, high)
-        wide, narrow = width(low), width(high)
+        wide, narrow = (_half(tables[0][at], first, tables[1][at], second) for at in (low, high))
         share = np.clip((wide - size) / np.where(wide > narrow, wide - narrow, 1.0), 0.0, 1.0)
         p = np.exp((1 - share) * np.log(_GRID[low]) + share * np.log(_GRID[high]))
         p = np.where(sure, SMALLEST_P, p)
@@ -99,7 +100,7 @@ def differences(
     have `min_seeds` seeds and share fewer, all of their seeds are compared, as two samples.
     """
     k, episodes = len(tables), tables[0].shape[1]
-    value, by_seed, by_episode, df = _unpaired(tables, min_seeds)
+    value, by_seed, by_episode, df = (np.full((k, k), np.nan) for _ in range(4))
     shared = np.zeros((k, k), dtype=np.int64)
     kinds: dict[tuple[int, ...], list[int]] = {}
     for number, have in enumerate(seeds):
@@ -114,6 +115,9 @@ def differences(
             at = np.ix_(rows, columns)
             value[at], by_seed[at], by_episode[at] = _differences(a, b)
             shared[at], df[at] = len(common), len(common) - 1
+    if (apart := shared == 0).any():
+        for part, as_samples in zip((value, by_seed, by_episode, df), _unpaired(tables, min_seeds), strict=True):
+            part[apart] = as_samples[apart]
     return Differences(value, by_seed, by_episode, df, shared, episodes)
 
 
@@ -259,23 +263,20 @@ def _groups(apart: Pairs, order: Sequence[int]) -> list[str]:
     such sets, which may be more than any memory holds; here one is made only for a pair that shares no letter yet.
     Sets of methods are whole numbers, a bit for each in `order`.
     """
-    alike = [int("".join("01"[not x] for x in row[::-1]), 2) & ~(1 << n) for n, row in enumerate(_sorted(apart, order))]
+    rows = np.packbits(~apart[np.ix_(order, order)], axis=1, bitorder="little")
+    alike = [int.from_bytes(row.tobytes(), "little") & ~(1 << n) for n, row in enumerate(rows)]
     joined = [0] * len(order)  # whom each shares a letter with
     letters = [""] * len(order)
     count = 0
     for start, others in enumerate(alike):
         while (left := others & ~joined[start]) or not letters[order[start]]:
             group = _grown(start, left, alike)
+            letter = _letter(count)
             for place in _bits(group):
                 joined[place] |= group
-                letters[order[place]] += _letter(count)
+                letters[order[place]] += letter
             count += 1
     return letters
-
-
-def _sorted(apart: Pairs, order: Sequence[int]) -> Pairs:
-    found: Pairs = apart[np.ix_(order, order)]
-    return found
 
 
 def _grown(start: int, left: int, alike: Sequence[int]) -> int:

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any, Literal
 from metabench.cells import coordinates_of
 from metabench.errors import ConfigError, StoreError
 from metabench.report.model import CONTROLS
-from metabench.store import NOT_HERE, Key, Measurement, Run, parsed
+from metabench.store import NOT_HERE, Key, Measurement, Run
 
 Trust = Literal["claimed", "recomputed", "re-run"]
 SUBMISSION = "submission.json"
@@ -58,9 +58,14 @@ class Source:
         return plain(self.run.name)
 
     @cached_property
+    def records(self) -> list[Mapping[str, Any]]:
+        """Every whole line of its measurements, read once. Raises StoreError if one is damaged."""
+        return self.run.records()
+
+    @cached_property
     def measured(self) -> dict[Key, Measurement]:
-        """Its measurements, read once. Raises StoreError, naming the row, for a field that is not of its type."""
-        return measured(self.run)
+        """Those that are the last of their row. Raises StoreError, naming the row, for a field of a wrong type."""
+        return measured(self.run, self.records)
 
     @cached_property
     def counted(self) -> dict[Key, Measurement]:
@@ -160,11 +165,11 @@ def check_manifest(run: Run) -> None:
         seen.add(key)
 
 
-def measured(run: Run) -> dict[Key, Measurement]:
-    """The run's measurements. Raises StoreError, naming the row, for a field that is not of its type."""
+def measured(run: Run, records: Iterable[Mapping[str, Any]]) -> dict[Key, Measurement]:
+    """The run's measurements, from its lines. Raises StoreError, naming the row, for a field of a wrong type."""
     file = run.path / "measurements.jsonl"
     try:
-        found = run.measurements()
+        found = run.measurements(records)
     except (TypeError, AttributeError, OverflowError) as error:
         raise StoreError(f"{file}: damaged: a row's pointer into samples.jsonl is no position ({error})") from error
     for one in found.values():
@@ -197,18 +202,6 @@ def counted(run: Run, last: Mapping[Key, Measurement]) -> dict[Key, Measurement]
         if one and (one.hash == row["hash"] or (one.hash == NOT_HERE and one.status == "skipped")):
             found[one.key] = one
     return found
-
-
-def lines(run: Run) -> Iterator[Mapping[str, Any]]:
-    """Every whole line of measurements.jsonl, also of earlier measurements. Raises StoreError if one is damaged."""
-    file = run.path / "measurements.jsonl"
-    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1] if file.is_file() else [], 1):
-        try:
-            record = parsed(line)
-        except ValueError as error:
-            raise StoreError(f"{file}:{number}: damaged line ({error}); delete that line to go on") from error
-        if isinstance(record, dict):
-            yield record
 
 
 def algorithm_of(cell: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from metabench.errors import ConfigError, StoreError
-from metabench.leaderboard.source import ONE_METHOD, Source, lines, loaded, parsed_id, plain, quality
+from metabench.leaderboard.source import ONE_METHOD, Source, loaded, parsed_id, plain, quality
 from metabench.store import Key
 
 # by `tried_key` and settings, for each row the hashes it was scored under
@@ -46,7 +46,7 @@ def count_tried(sources: Iterable[Source], besides: Iterable[Source]) -> dict[tu
 
 def _note_tried(hashes: _Tried, source: Source) -> None:
     trained = not loaded(source.run)
-    for line in lines(source.run):
+    for line in source.records:
         key = str(line.get("cell")), str(line.get("measure"))
         known = _known(key[0]) if quality(key[1]) and line.get("status") == "ok" else None
         if known is None or (known["train_spec"] and not trained):
